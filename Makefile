@@ -1,0 +1,83 @@
+# `make demo` and `make test` are all that a fresh clone needs: Python 3.11+ with venv, and a C++ compiler.
+# Nothing is installed outside $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+# Arguments for the pip line that installs torch, for example --index-url with PyTorch's index of CPU builds where the
+# default index would bring the CUDA one.
+TORCH_PIP_ARGS ?=
+# Arguments for pytest, for example PYTEST_ARGS="-m 'not slow'".
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# An editable install serves Python files from the tree, so only these make a new install necessary.
+INSTALL_INPUTS := pyproject.toml constraints.txt $(shell find cmake runtimes/native -type f)
+CXX_FILES := $(shell find runtimes/native -name '*.cpp' -o -name '*.h')
+
+# One pin list for what is installed and for what builds it. Builds are isolated, as they are for any user of pip: the
+# backend fetches cmake and ninja only where the machine has none, and none of it lands in $(VENV). Isolation ignores
+# `pip install -c`; it reads PIP_CONSTRAINT (pip before 25.3) or PIP_BUILD_CONSTRAINT (since).
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo export test check lint format wheel clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Affect Edge needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first, alone: the resolver then finds the pinned build in place and never looks for another.
+$(VENV)/.torch: constraints.txt | $(VENV)/.created
+	$(PIP) install $(TORCH_PIP_ARGS) torch
+	touch $@
+
+$(VENV)/.installed: $(INSTALL_INPUTS) $(VENV)/.torch
+	$(PIP) install -e '.[export,demo]'
+	@$(BIN)/python -c 'from affect_runtimes import native; print(native.unavailable_reason() or "native step library: ready")'
+	touch $@
+
+# The quantize extra is left out: no test needs nncf.
+# AFFECT_WERROR: a warning of the native library fails its build here, and test_native.py then fails for want of it.
+$(VENV)/.installed-dev: $(INSTALL_INPUTS) $(VENV)/.torch
+	AFFECT_WERROR=ON $(PIP) install -e '.[export,demo,dev]'
+	touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed ## the package, editable, with what export and demo need
+
+install-dev: $(VENV)/.installed-dev ## the same with what tests and checks need
+
+export: install ## the shipped student, exported and verified for this machine: out/bundles/student-cpu
+	$(BIN)/affect-export --target cpu --output out/bundles/student-cpu --force
+
+demo: export ## the dashcam demo on a real clip: out/dashcam
+	$(BIN)/affect-dashcam --demo-clip --bundle out/bundles/student-cpu --output out/dashcam
+
+test: check ## every check and every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint ## lint, types and the import rule
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lint: install-dev ## style of Python and C++, nothing changed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: install-dev ## style of Python and C++, applied
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/.created ## dist/*.whl for this platform (AFFECT_PURE_PYTHON=1: for any)
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean: ## remove what was built, exported and cached; .venv stays
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

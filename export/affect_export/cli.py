@@ -1,0 +1,100 @@
+"""`affect-export`: float checkpoint in, verified bundle out.
+
+Exit codes: 0 done, 1 refused (parity, integrity, missing library), 2 usage.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="affect-export",
+        description="Export a float checkpoint to a verified bundle for one target. "
+        "The bundle is compared with the float model first; on a miss nothing is written.",
+    )
+    parser.add_argument("--target", help="where the bundle will run; see --list-targets")
+    parser.add_argument("--list-targets", action="store_true", help="list the targets and their bounds, then stop")
+    parser.add_argument("--checkpoint", type=Path, help="float student (.safetensors); default: the shipped one")
+    parser.add_argument("--output", type=Path, help="folder of the bundle; default: ./MODEL-TARGET")
+    parser.add_argument("--force", action="store_true", help="replace a bundle that is already in --output")
+    parser.add_argument("--dry-run", action="store_true", help="build and compare, but write nothing")
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="FRACTION",
+        help="tighten the gate: no CCC and no agreement may lie more than this below 1",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of `affect-export`."""
+    from affect_runtimes.errors import AffectError, InputError
+
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        from affect_export.targets import TARGETS, find_target
+
+        if arguments.list_targets:
+            for target in TARGETS.values():
+                bounds = ", ".join(f"{b.output} {b.metric} {b.limit:g}" for b in target.bounds)
+                print(f"{target.name:16} {target.summary}; held to {bounds}")
+            return 0
+        if arguments.target is None:
+            raise InputError("name a --target; --list-targets shows them")
+        target = find_target(arguments.target)
+        _require("torch", "onnx", "onnxscript", "safetensors")
+        from affect_export.export import check_output_folder, export_student, tighten
+        from affect_export.models.checkpoint import SHIPPED, load_student
+
+        bounds = tighten(target.bounds, arguments.max_drop)
+        output = arguments.output or Path(f"student-{target.name}")
+        check_output_folder(output, arguments.force)
+        checkpoint = load_student(arguments.checkpoint or SHIPPED)
+        result = export_student(
+            checkpoint, target, output, bounds=bounds, force=arguments.force, dry_run=arguments.dry_run
+        )
+    except InputError as error:
+        print(f"affect-export: {error}", file=sys.stderr)
+        return 2
+    except AffectError as error:
+        print(f"affect-export: {error}", file=sys.stderr)
+        return 1
+    _print_result(result)
+    return 0
+
+
+def _require(*modules: str) -> None:
+    import importlib.util
+
+    from affect_runtimes.errors import MissingDependencyError
+
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(f"exporting needs {', '.join(missing)}: pip install 'affect-edge[export]'")
+
+
+def _print_result(result) -> None:  # type: ignore[no-untyped-def]
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for name, figures in result.report.comparisons.items():
+        table = Table(title=name, title_justify="left")
+        for column in ("output", "metric", "value", "bound"):
+            table.add_column(column, justify="left" if column in ("output", "metric") else "right")
+        for f in figures:
+            if f.limit is not None:
+                table.add_row(f.output, f.metric, f"{f.value:.3g}", f"{f.limit:g}")
+        console.print(table)
+    place = "dry run: nothing written" if result.path is None else f"written to {result.path}"
+    console.print(f"every bound held; {result.size_bytes / 1e6:.2f} MB; {place}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The Mamba-1 block with the parameter names and shapes of `mamba_ssm.Mamba`, so that its checkpoints load unchanged.
+
+    in_proj   Linear d_model -> 2 d_inner     the signal x and the gate z
+    conv1d    depthwise, causal, width K      short memory of x
+    x_proj    Linear d_inner -> R + 2 N       Δ at low rank R, then B and C
+    dt_proj   Linear R -> d_inner             Δ before softplus
+    A_log, D                                  see `scan`
+    out_proj  Linear d_inner -> d_model
+
+Source: Gu and Dao 2023, arXiv:2312.00752, section 3.4.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from affect_export.models.scan import selective_scan, selective_scan_step
+
+__all__ = ["Mamba", "MambaConfig", "MambaState"]
+
+MambaState = tuple[Tensor, Tensor]
+"""(conv, ssm) of one block: (B, d_inner, d_conv - 1), oldest first, and (B, d_inner, d_state)."""
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Sizes of one Mamba block.
+
+    Attributes:
+        d_model: width of the block's input and output.
+        d_state: N, states per channel.
+        d_conv: K, width of the short convolution in frames.
+        expand: d_inner / d_model.
+        dt_rank: R, rank of the projection to delta; None is ceil(d_model / 16), as in mamba-ssm.
+    """
+
+    d_model: int
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int | None = None
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def rank(self) -> int:
+        return math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
+
+
+class Mamba(nn.Module):
+    """One Mamba-1 block; the state is an argument and a result, never an attribute."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        inner, state = config.d_inner, config.d_state
+        self.in_proj = nn.Linear(config.d_model, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, config.d_conv, groups=inner, padding=config.d_conv - 1)
+        self.x_proj = nn.Linear(inner, config.rank + 2 * state, bias=False)
+        self.dt_proj = nn.Linear(config.rank, inner)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, state + 1.0)).repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+        self._init_delta()
+
+    def _init_delta(self, low: float = 1e-3, high: float = 0.1) -> None:
+        # delta starts log-uniform in [low, high] (the paper's section 3.6), so dt_bias is the inverse softplus of that.
+        nn.init.uniform_(self.dt_proj.weight, -(self.config.rank**-0.5), self.config.rank**-0.5)
+        delta = torch.exp(torch.empty(self.config.d_inner).uniform_(math.log(low), math.log(high)))
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+
+    def initial_state(self, batch: int) -> MambaState:
+        """Zeros: nothing seen yet."""
+        config, like = self.config, self.D
+        conv = like.new_zeros(batch, config.d_inner, config.d_conv - 1)
+        return conv, like.new_zeros(batch, config.d_inner, config.d_state)
+
+    def forward(self, x: Tensor, state: MambaState | None = None, dt: Tensor | None = None) -> tuple[Tensor, MambaState]:
+        """A sequence, continuing from `state`.
+
+        Args:
+            x: (B, T, d_model).
+            state: see `MambaState`; None starts from zeros.
+            dt: (B, T), real time since the last frame over the trained frame interval; None is 1.
+
+        Returns:
+            (B, T, d_model) and the state after the last frame.
+        """
+        conv, ssm = self.initial_state(x.shape[0]) if state is None else state
+        signal, gate = self.in_proj(x).chunk(2, dim=-1)
+        padded = torch.cat([conv, signal.transpose(1, 2)], dim=2)
+        # The carried frames stand where mamba-ssm pads with zeros, so the module's own padding is not wanted here.
+        signal = F.silu(F.conv1d(padded, self.conv1d.weight, self.conv1d.bias, groups=self.config.d_inner))
+        signal = signal.transpose(1, 2)
+        delta, b, c = self._selection(signal, None if dt is None else dt.unsqueeze(-1))
+        y, ssm = selective_scan(signal, delta, -torch.exp(self.A_log), b, c, self.D, ssm)
+        width = self.config.d_conv - 1
+        return self.out_proj(y * F.silu(gate)), (padded[:, :, padded.shape[2] - width :], ssm)
+
+    def step(self, x: Tensor, state: MambaState, dt: Tensor | None = None) -> tuple[Tensor, MambaState]:
+        """One frame.
+
+        Args:
+            x: (B, d_model).
+            state: see `MambaState`.
+            dt: (B,); None is 1.
+
+        Returns:
+            (B, d_model) and the next state.
+        """
+        conv, ssm = state
+        signal, gate = self.in_proj(x).chunk(2, dim=-1)
+        window = torch.cat([conv, signal.unsqueeze(2)], dim=2)
+        signal = F.silu((window * self.conv1d.weight.squeeze(1)).sum(2) + self.conv1d.bias)
+        delta, b, c = self._selection(signal, None if dt is None else dt.unsqueeze(-1))
+        y, ssm = selective_scan_step(signal, delta, -torch.exp(self.A_log), b, c, self.D, ssm)
+        return self.out_proj(y * F.silu(gate)), (window[:, :, 1:], ssm)
+
+    def _selection(self, signal: Tensor, dt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        n = self.config.d_state
+        low_rank, b, c = self.x_proj(signal).split([self.config.rank, n, n], dim=-1)
+        delta = F.softplus(self.dt_proj(low_rank))
+        return (delta if dt is None else delta * dt), b, c

@@ -1,0 +1,222 @@
+"""The shipped student: a small convolutional frame encoder, a Mamba head over time, and one linear head an output.
+
+The encoder has plain 3x3 convolutions, ReLU and no squeeze-and-excite, because it is made to be quantized to INT8. Its
+input is a 112x112 face crop aligned by the eyes (`affect_runtimes.preprocess.align_face`).
+
+Outputs, all bounded inside the model so that every engine returns the same kind of number:
+
+    expression     (B, 8)   probabilities, FER+ order
+    valence        (B,)     [-1, 1], a proxy (see the model card)
+    arousal        (B,)     [-1, 1], a proxy
+    action_units   (B, 11)  [0, 1], the units of systems.md's AG-SSM less AU23, which has no teacher
+    eye_closure    (B,)     [0, 1], 1 is shut
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from affect_export.models.mamba import Mamba, MambaConfig
+
+__all__ = ["ACTION_UNITS", "EXPRESSIONS", "Student", "StudentConfig"]
+
+EXPRESSIONS = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
+ACTION_UNITS = ("AU1", "AU2", "AU4", "AU6", "AU7", "AU10", "AU12", "AU15", "AU24", "AU25", "AU26")
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Sizes of the student.
+
+    Attributes:
+        image_px: side of the aligned face crop.
+        mean: per-channel mean on the [0, 1] scale.
+        std: per-channel standard deviation on the [0, 1] scale.
+        stem: channels of the two stride-2 convolutions in front (112 -> 56 -> 28 pixels).
+        widths: channels of the stages at 28, 14 and 7 pixels; the first equals the stem's last.
+        depths: residual blocks in each stage.
+        d_model: width of the frame feature and of the Mamba blocks.
+        d_state: N of the selective scan.
+        d_conv: K, frames of the short convolution.
+        layers: Mamba blocks.
+        dropout: on the frame feature, in training only.
+        frame_interval_s: time between frames at which dt is 1.
+    """
+
+    image_px: int = 112
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    stem: tuple[int, int] = (16, 32)
+    widths: tuple[int, int, int] = (32, 64, 128)
+    depths: tuple[int, int, int] = (1, 2, 3)
+    d_model: int = 128
+    d_state: int = 8
+    d_conv: int = 4
+    layers: int = 2
+    dropout: float = 0.3
+    frame_interval_s: float = 1 / 30
+    expressions: tuple[str, ...] = EXPRESSIONS
+    action_units: tuple[str, ...] = ACTION_UNITS
+    mamba: MambaConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mamba", MambaConfig(self.d_model, self.d_state, self.d_conv))
+
+    @classmethod
+    def tiny(cls) -> "StudentConfig":
+        """A preset for tests: the same graph with under 50,000 parameters."""
+        return cls(stem=(4, 8), widths=(8, 12, 16), depths=(1, 1, 1), d_model=16, d_state=4)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values from which `from_json` makes an equal configuration."""
+        values = asdict(self)
+        del values["mamba"]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "StudentConfig":
+        """The inverse of `to_json`, also after a round trip through JSON, where tuples became lists."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = _conv(channels, channels)
+        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.second(self.first(x)))
+
+
+class FrameEncoder(nn.Module):
+    """(B, 3, image_px, image_px) -> (B, d_model)."""
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        modules: list[nn.Module] = [_conv(3, config.stem[0], 2), _conv(config.stem[0], config.stem[1], 2)]
+        inputs = config.stem[1]
+        for width, depth in zip(config.widths, config.depths, strict=True):
+            if modules[2:]:
+                modules.append(_conv(inputs, width, 2))
+            modules += [_Residual(width) for _ in range(depth)]
+            inputs = width
+        modules.append(_conv(inputs, 2 * inputs))
+        self.stages = nn.Sequential(*modules)
+        self.project = nn.Linear(2 * inputs, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        pooled = self.stages(frames).mean((2, 3))
+        return self.project(self.dropout(pooled))
+
+
+class Student(nn.Module):
+    """Float model; `forward` over sequences and `step` for one frame share every weight.
+
+    The state is a dict: `conv` (layers, B, d_inner, d_conv - 1) and `ssm` (layers, B, d_inner, d_state).
+    """
+
+    def __init__(self, config: StudentConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or StudentConfig()
+        self.encoder = FrameEncoder(config)
+        self.norms = nn.ModuleList(nn.LayerNorm(config.d_model) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Mamba(config.mamba) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.heads = nn.ModuleDict(
+            {
+                "expression": nn.Linear(config.d_model, len(config.expressions)),
+                "valence_arousal": nn.Linear(config.d_model, 2),
+                "action_units": nn.Linear(config.d_model, len(config.action_units)),
+                "eye_closure": nn.Linear(config.d_model, 1),
+            }
+        )
+
+    def initial_state(self, batch: int) -> Tensors:
+        """The state of `batch` streams that have seen nothing: zeros."""
+        states = [block.initial_state(batch) for block in self.blocks]
+        return {"conv": torch.stack([s[0] for s in states]), "ssm": torch.stack([s[1] for s in states])}
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised crops -> (B, d_model) features; no memory."""
+        features: Tensor = self.encoder(frames)
+        return features
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], state: Tensors | None = None, dt: Tensor | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """A sequence.
+
+        Args:
+            inputs: `frame` (B, T, 3, H, W), normalised.
+            state: of `initial_state`; None starts anew.
+            dt: (B, T); None is 1 everywhere.
+
+        Returns:
+            Outputs with (B, T) in front, and the state after the last frame.
+        """
+        frames = inputs["frame"]
+        features = self.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        return self.forward_features(features, state, dt)
+
+    def step(self, inputs: Mapping[str, Tensor], state: Tensors, dt: Tensor | None = None) -> tuple[Tensors, Tensors]:
+        """One frame of each stream: `frame` (B, 3, H, W), dt (B,) or None for 1."""
+        return self.step_features(self.encode(inputs["frame"]), state, dt)
+
+    def forward_features(
+        self, features: Tensor, state: Tensors | None = None, dt: Tensor | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """`forward` from encoded frames (B, T, d_model)."""
+        hidden, state = self._hidden_sequence(features, state, dt)
+        return self._activate(self._logits(hidden)), state
+
+    def logits_features(self, features: Tensor, dt: Tensor | None = None) -> Tensors:
+        """What training needs: a sequence from a fresh state, before softmax, tanh and sigmoid."""
+        return self._logits(self._hidden_sequence(features, None, dt)[0])
+
+    def step_features(self, features: Tensor, state: Tensors, dt: Tensor | None = None) -> tuple[Tensors, Tensors]:
+        """`step` from encoded frames (B, d_model)."""
+        conv, ssm = [], []
+        x = features
+        for i, (norm, block) in enumerate(zip(self.norms, self.blocks, strict=True)):
+            y, (next_conv, next_ssm) = block.step(norm(x), (state["conv"][i], state["ssm"][i]), dt)
+            x = x + y
+            conv.append(next_conv)
+            ssm.append(next_ssm)
+        return self._activate(self._logits(x)), {"conv": torch.stack(conv), "ssm": torch.stack(ssm)}
+
+    def _hidden_sequence(self, x: Tensor, state: Tensors | None, dt: Tensor | None) -> tuple[Tensor, Tensors]:
+        state = self.initial_state(x.shape[0]) if state is None else state
+        conv, ssm = [], []
+        for i, (norm, block) in enumerate(zip(self.norms, self.blocks, strict=True)):
+            y, (next_conv, next_ssm) = block(norm(x), (state["conv"][i], state["ssm"][i]), dt)
+            x = x + y
+            conv.append(next_conv)
+            ssm.append(next_ssm)
+        return x, {"conv": torch.stack(conv), "ssm": torch.stack(ssm)}
+
+    def _logits(self, hidden: Tensor) -> Tensors:
+        hidden = self.norm(hidden)
+        return {name: head(hidden) for name, head in self.heads.items()}
+
+    def _activate(self, logits: Tensors) -> Tensors:
+        valence, arousal = torch.tanh(logits["valence_arousal"]).unbind(-1)
+        return {
+            "expression": torch.softmax(logits["expression"], -1),
+            "valence": valence,
+            "arousal": arousal,
+            "action_units": torch.sigmoid(logits["action_units"]),
+            "eye_closure": torch.sigmoid(logits["eye_closure"]).squeeze(-1),
+        }

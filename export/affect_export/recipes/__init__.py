@@ -1,0 +1,1 @@
+"""What binds models, data and training."""

@@ -1,0 +1,24 @@
+"""The targets that `affect-export` knows, by name."""
+
+import difflib
+
+from affect_export.targets.base import GraphSource, Target, WrittenGraph
+from affect_export.targets.cpu import CPU
+from affect_runtimes.errors import InputError
+
+__all__ = ["TARGETS", "GraphSource", "Target", "WrittenGraph", "find_target"]
+
+TARGETS: dict[str, Target] = {target.name: target for target in (CPU,)}
+
+
+def find_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        InputError: unknown; the message has the closest names.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    close = difflib.get_close_matches(name, TARGETS, n=3, cutoff=0.3)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise InputError(f"unknown target {name!r}; {hint}known: {', '.join(sorted(TARGETS))} (affect-export --list-targets)")

@@ -1,0 +1,100 @@
+"""Target `cpu`: ONNX Runtime in fp32, on x86-64 and 64-bit Arm alike."""
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+
+from affect_export.targets.base import GraphSource, Target, WrittenGraph
+from affect_runtimes.compare import Bound
+from affect_runtimes.manifest import Tensor
+
+__all__ = ["CPU", "write_onnx"]
+
+OPSET = 20
+
+
+def write_onnx(source: GraphSource, path: Path) -> None:
+    """Exports one graph with torch's dynamo exporter; the batch is dynamic, everything else is fixed.
+
+    Args:
+        source: the module and its named tensors.
+        path: file to write.
+    """
+    import torch
+
+    # A sample batch above 1, because the exporter specialises sizes of 0 and 1.
+    samples = tuple(torch.zeros(tensor.sized(2)) for tensor in source.inputs)
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    dynamic = tuple({tensor.batch_axis: batch} for tensor in source.inputs)
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        # The exporter prints its progress and warns about its own internals; what matters raises.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                source.module,
+                samples,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[t.name for t in source.inputs],
+                output_names=[t.name for t in source.outputs],
+                dynamic_shapes=dynamic,
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    model = program.model_proto
+    del model.metadata_props[:]
+    _strip(model, source)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _strip(model, source: GraphSource) -> None:  # type: ignore[no-untyped-def]
+    """Keeps what an engine needs: no stack traces, no paths of the exporting machine, one name for the batch."""
+    graph = model.graph
+    del graph.value_info[:]
+    for node in graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for initializer in graph.initializer:
+        del initializer.metadata_props[:]
+    for function in model.functions:
+        del function.metadata_props[:]
+        for node in function.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+    stated: dict[str, Tensor] = {t.name: t for t in (*source.inputs, *source.outputs)}
+    for value in (*graph.input, *graph.output):
+        del value.metadata_props[:]
+        for dimension, size in zip(value.type.tensor_type.shape.dim, stated[value.name].shape, strict=True):
+            dimension.Clear()
+            if isinstance(size, int):
+                dimension.dim_value = size
+            else:
+                dimension.dim_param = size
+
+
+def _build(graphs: list[GraphSource], folder: Path) -> list[WrittenGraph]:
+    written = []
+    for source in graphs:
+        file = f"{source.role}.onnx"
+        write_onnx(source, folder / file)
+        written.append(WrittenGraph(source, file, {layer: "float32" for layer in source.layers}))
+    return written
+
+
+CPU = Target(
+    name="cpu",
+    summary="ONNX Runtime, fp32; x86-64 and 64-bit Arm",
+    engine="onnxruntime",
+    arch=("x86_64", "aarch64"),
+    bounds=(Bound("*", "max_abs", 1e-4), Bound("*", "ccc", 0.9999), Bound("*", "agreement", 0.99)),
+    builder=_build,
+    libraries=("torch", "onnx", "onnxscript", "onnxruntime"),
+)

@@ -1,0 +1,1 @@
+"""Training, quantization and parity for any module: it is handed models and data, and imports none."""

@@ -1,0 +1,100 @@
+"""The gate: an artefact and its float model run the same sequences, and a bound that is missed refuses the artefact.
+
+Both sides are handed in as the same kind of callable, so the gate knows neither model nor engine.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from affect_runtimes.compare import Bound, Figure, compare_outputs
+
+__all__ = ["GateReport", "ParitySequence", "check_parity", "join_trajectories"]
+
+Array = NDArray[Any]
+Trajectory = tuple[dict[str, Array], dict[str, Array]]
+"""Outputs (T, B, ...) by name and the state after every step (T, ...) by name."""
+
+Runner = Callable[[NDArray[np.float32], NDArray[np.float32]], Trajectory]
+"""(frames (T, B, 3, H, W), dt (T, B)) -> trajectory from the initial state."""
+
+
+@dataclass(frozen=True)
+class ParitySequence:
+    """Inputs of one parity run.
+
+    Attributes:
+        name: said in the report.
+        frames: (T, B, 3, H, W) float32, normalised; B streams run side by side.
+        dt: (T, B) float32.
+    """
+
+    name: str
+    frames: NDArray[np.float32]
+    dt: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """Figures of each comparison by its name; `passed` is whether every bound held."""
+
+    comparisons: Mapping[str, Sequence[Figure]]
+
+    @property
+    def failures(self) -> list[tuple[str, Figure]]:
+        """(comparison, figure) of every bound that was missed."""
+        return [(name, f) for name, figures in self.comparisons.items() for f in figures if f.passed is False]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: [f.to_json() for f in figures] for name, figures in self.comparisons.items()}
+
+
+def check_parity(
+    reference: Runner, artefact: Runner, sequences: Iterable[ParitySequence], kinds: Mapping[str, str], bounds: Sequence[Bound]
+) -> GateReport:
+    """Runs both sides over every sequence and measures.
+
+    For each sequence: the artefact's outputs and final states against the reference's, and, where several streams ran
+    side by side, each of them run alone by the artefact against its share of the batch.
+
+    Args:
+        reference: the float model.
+        artefact: what would be shipped.
+        sequences: inputs.
+        kinds: output name -> kind, see `affect_runtimes.compare.compare_outputs`; states are added as "state.NAME".
+        bounds: what must hold.
+    """
+    comparisons: dict[str, Sequence[Figure]] = {}
+    for sequence in sequences:
+        expected, found = _run(reference, sequence), _run(artefact, sequence)
+        every = {**kinds, **{name: "regression" for name in expected if name.startswith("state.")}}
+        comparisons[sequence.name] = compare_outputs(expected, found, every, bounds)
+        if sequence.frames.shape[1] > 1:
+            alone = [
+                artefact(sequence.frames[:, i : i + 1], sequence.dt[:, i : i + 1])[0]
+                for i in range(sequence.frames.shape[1])
+            ]
+            together = {name: found[name] for name in kinds}
+            apart = {name: np.concatenate([a[name] for a in alone], axis=1) for name in kinds}
+            comparisons[f"{sequence.name}: side by side against alone"] = compare_outputs(apart, together, kinds, bounds)
+    return GateReport(comparisons)
+
+
+def join_trajectories(outputs: Sequence[Mapping[str, Array]], states: Sequence[Mapping[str, Array]]) -> Trajectory:
+    """Per-step dicts, first to last, as one trajectory."""
+    return (
+        {name: np.stack([o[name] for o in outputs]) for name in outputs[0]},
+        {name: np.stack([s[name] for s in states]) for name in states[0]},
+    )
+
+
+def _run(runner: Runner, sequence: ParitySequence) -> dict[str, Array]:
+    outputs, states = runner(sequence.frames, sequence.dt)
+    return outputs | {f"state.{name}": array for name, array in states.items()}

@@ -1,0 +1,112 @@
+"""What an engine is, and how the right one is opened.
+
+An engine module has one class derived from `GraphEngine` with `_load` and `_run`; names, shapes and dtypes are
+checked here, once, against the manifest. Adding an engine means: its module, a row in `ENGINES`, and a target.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from affect_runtimes.bundle import Bundle
+from affect_runtimes.errors import BundleError, InputError
+from affect_runtimes.manifest import Graph, Tensor
+
+__all__ = ["ENGINES", "Engine", "GraphEngine", "open_engine"]
+
+Array = NDArray[Any]
+
+ENGINES = {"onnxruntime": "affect_runtimes.onnxruntime"}
+"""Engine name in a manifest -> the module whose `create(graph, data, threads)` opens it."""
+
+
+class Engine(Protocol):
+    """One graph, ready to run; immutable and safe to share between threads."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Arrays in, arrays out, by the names of the manifest."""
+        ...
+
+
+class GraphEngine(ABC):
+    """The checks that all engines share.
+
+    Args:
+        graph: what the manifest says about the graph.
+        data: its verified bytes.
+        threads: how many the engine may use.
+
+    Raises:
+        BundleError: the engine cannot load the graph, or the graph is not what the manifest says.
+    """
+
+    def __init__(self, graph: Graph, data: bytes, threads: int) -> None:
+        self.graph = graph
+        inputs, outputs = self._load(data, threads)
+        for what, stated, found in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
+            if set(stated) != set(found):
+                raise BundleError(f"{graph.file}: its {what} are {_words(found)}; the manifest says {_words(stated)}")
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs the graph once.
+
+        Args:
+            inputs: one array for each input of the manifest, with one batch size throughout.
+
+        Returns:
+            One array for each output.
+
+        Raises:
+            InputError: a name, dtype or shape that the manifest does not allow.
+        """
+        wanted = {t.name for t in self.graph.inputs}
+        if set(inputs) != wanted:
+            raise InputError(f"{self.graph.role}: takes the inputs {sorted(wanted)}, found {sorted(inputs)}")
+        batch = inputs[self.graph.inputs[0].name].shape[self.graph.inputs[0].batch_axis]
+        for tensor in self.graph.inputs:
+            array = inputs[tensor.name]
+            if array.shape != tensor.sized(batch) or array.dtype != np.dtype(tensor.dtype):
+                raise InputError(
+                    f"{self.graph.role}: input {tensor.name!r} takes {tensor.dtype} {tensor.sized(batch)}, "
+                    f"found {array.dtype} {array.shape}"
+                )
+        return self._run(inputs)
+
+    @abstractmethod
+    def _load(self, data: bytes, threads: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Opens the graph and says what inputs and outputs it really has."""
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs it on checked arrays."""
+
+
+def open_engine(bundle: Bundle, graph: str = "step", threads: int = 1) -> Engine:
+    """Opens one graph of a bundle on the engine that its manifest names; imports that engine only.
+
+    Args:
+        bundle: a verified bundle.
+        graph: the graph's role.
+        threads: how many the engine may use; a step this small is fastest on one.
+
+    Raises:
+        BundleError: an engine that this release does not know, or a graph that it cannot load.
+        MissingDependencyError: the engine's library is not installed.
+        InputError: fewer than one thread.
+    """
+    if threads < 1:
+        raise InputError(f"threads is {threads}, expected at least 1")
+    name = bundle.manifest.engine
+    if name not in ENGINES:
+        raise BundleError(f"{bundle.path}: needs the engine {name!r}; this release runs {', '.join(sorted(ENGINES))}")
+    described = bundle.manifest.graph(graph)
+    engine: Engine = importlib.import_module(ENGINES[name]).create(described, bundle.read(described.file), threads)
+    return engine
+
+
+def _words(tensors: Any) -> str:
+    return ", ".join(sorted(f"{t.name} {t.dtype} {t.shape}" for t in tensors)) or "none"

@@ -1,0 +1,127 @@
+"""How far two runs of the same model are apart: the figures that every parity report and gate uses."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["Bound", "Figure", "agreement", "ccc", "compare_outputs", "max_abs", "mean_abs"]
+
+Array = NDArray[Any]
+
+
+def ccc(reference: ArrayLike, other: ArrayLike) -> float:
+    """Lin's concordance correlation coefficient, in [-1, 1].
+
+    Two constant, equal signals agree perfectly (1.0), although the formula leaves 0/0.
+
+    Source: Lin 1989, "A concordance correlation coefficient to evaluate reproducibility", Biometrics 45:255-268.
+
+    >>> round(ccc([0.0, 1.0, 2.0], [0.0, 1.0, 2.0]), 6)
+    1.0
+    >>> round(ccc([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]), 6)
+    0.571429
+    """
+    x, y = np.asarray(reference, np.float64).ravel(), np.asarray(other, np.float64).ravel()
+    if np.array_equal(x, y):
+        return 1.0
+    spread = x.var() + y.var() + (x.mean() - y.mean()) ** 2
+    return float(2.0 * ((x - x.mean()) * (y - y.mean())).mean() / spread)
+
+
+def max_abs(reference: ArrayLike, other: ArrayLike) -> float:
+    """Largest absolute difference; NaN anywhere gives NaN, which no bound accepts."""
+    return float(np.max(np.abs(np.asarray(reference, np.float64) - np.asarray(other, np.float64))))
+
+
+def mean_abs(reference: ArrayLike, other: ArrayLike) -> float:
+    """Mean absolute difference."""
+    return float(np.mean(np.abs(np.asarray(reference, np.float64) - np.asarray(other, np.float64))))
+
+
+def agreement(reference: ArrayLike, other: ArrayLike) -> float:
+    """Fraction of rows (last axis: classes) whose top class is the same, in [0, 1]."""
+    return float(np.mean(np.argmax(np.asarray(reference), -1) == np.argmax(np.asarray(other), -1)))
+
+
+_METRICS = {"max_abs": max_abs, "mean_abs": mean_abs, "ccc": ccc, "agreement": agreement}
+_AT_MOST = {"max_abs", "mean_abs"}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What an artefact must keep against its float model.
+
+    Attributes:
+        output: name of an output or state, or "*" for every output.
+        metric: max_abs or mean_abs (at most `limit`), ccc or agreement (at least `limit`).
+        limit: the bound itself.
+    """
+
+    output: str
+    metric: str
+    limit: float
+
+    def __post_init__(self) -> None:
+        if self.metric not in _METRICS:
+            raise ValueError(f"unknown metric {self.metric!r}; known: {', '.join(sorted(_METRICS))}")
+
+    def accepts(self, value: float) -> bool:
+        """Whether a measured value keeps the bound; NaN never does."""
+        return bool(value <= self.limit if self.metric in _AT_MOST else value >= self.limit)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure; `limit` and `passed` are None where no bound was stated for it."""
+
+    output: str
+    metric: str
+    value: float
+    limit: float | None = None
+    passed: bool | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.limit is None:
+            return f"{self.output} {self.metric} {self.value:.3g}"
+        sign = "<=" if self.metric in _AT_MOST else ">="
+        return f"{self.output} {self.metric} {self.value:.6g} (bound {sign} {self.limit:g})"
+
+
+def compare_outputs(
+    reference: Mapping[str, Array], other: Mapping[str, Array], kinds: Mapping[str, str], bounds: Iterable[Bound]
+) -> list[Figure]:
+    """Every figure of every output, each beside the bound that applies.
+
+    Args:
+        reference: the float model's outputs by name, (steps, ...) each.
+        other: the artefact's, same names and shapes.
+        kinds: output name -> "distribution" or "regression"; agreement is for the former, ccc for the latter.
+        bounds: what must hold; "*" applies to every output that has the metric.
+
+    Returns:
+        Figures in the order of `kinds`.
+
+    Raises:
+        ValueError: shapes or names differ.
+    """
+    stated = list(bounds)
+    figures = []
+    for name, kind in kinds.items():
+        a, b = np.asarray(reference[name]), np.asarray(other[name])
+        if a.shape != b.shape:
+            raise ValueError(f"output {name!r}: the reference has shape {a.shape}, the artefact {b.shape}")
+        for metric in ("max_abs", "mean_abs", "agreement" if kind == "distribution" else "ccc"):
+            value = _METRICS[metric](a, b)
+            limits = [q.limit for q in stated if q.metric == metric and q.output in (name, "*")]
+            if not limits:
+                figures.append(Figure(name, metric, value))
+            else:
+                limit = min(limits) if metric in _AT_MOST else max(limits)
+                figures.append(Figure(name, metric, value, limit, Bound(name, metric, limit).accepts(value)))
+    return figures

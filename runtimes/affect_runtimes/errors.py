@@ -1,0 +1,54 @@
+"""The one error tree of Affect Edge.
+
+    AffectError                what was asked, what was found, what would work
+      InputError               a frame, crop, time or option that cannot be used (also a ValueError)
+      StateError               a state of another model, or bytes that are not a state
+      SourceError              a video or camera that is missing, unreadable or silent
+      BundleError              a folder that is not a usable bundle
+        IntegrityError         a file of a bundle that is missing, changed or outside it
+      ParityError              an engine or artefact outside its stated bound
+      MissingDependencyError   an optional library that is not installed (also an ImportError)
+"""
+
+__all__ = [
+    "AffectError",
+    "BundleError",
+    "InputError",
+    "IntegrityError",
+    "MissingDependencyError",
+    "ParityError",
+    "SourceError",
+    "StateError",
+]
+
+
+class AffectError(Exception):
+    """Base of every error that Affect Edge raises on purpose."""
+
+
+class InputError(AffectError, ValueError):
+    """A value handed in by the caller cannot be used."""
+
+
+class StateError(AffectError, ValueError):
+    """A recurrent state does not belong to this model, or its bytes are damaged."""
+
+
+class SourceError(AffectError, OSError):
+    """A video file or camera cannot be opened or gives nothing."""
+
+
+class BundleError(AffectError):
+    """A folder is not a bundle that this version can run."""
+
+
+class IntegrityError(BundleError):
+    """A file of a bundle is missing, altered, or outside the bundle's folder."""
+
+
+class ParityError(AffectError):
+    """An artefact's outputs lie outside the bound stated against its float model."""
+
+
+class MissingDependencyError(AffectError, ImportError):
+    """An optional library is needed and not installed; the message carries the pip line."""

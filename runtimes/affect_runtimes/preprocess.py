@@ -1,0 +1,161 @@
+"""From a camera frame to the model's input: one implementation for training and for the device.
+
+A face is cut out by a similarity transform (rotation, one scale, shift) that puts the two eye centres at fixed places of a
+square crop. The places are the median eye positions that the YuNet detector finds in FER+ faces, so that an aligned
+photograph and a FER+ face that is merely enlarged show the face at the same scale.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from affect_runtimes.errors import InputError
+
+__all__ = ["LEFT_EYE", "RIGHT_EYE", "align_face", "check_crop", "check_frame", "eye_transform", "normalise"]
+
+Float = NDArray[np.float32]
+
+# Eye centres as fractions (x, y) of the crop; "left" is the eye on the left of the picture.
+LEFT_EYE = (0.305, 0.38)
+RIGHT_EYE = (0.695, 0.38)
+
+
+def check_frame(frame: Any) -> NDArray[np.uint8]:
+    """Returns the frame unchanged if it is a usable picture.
+
+    Args:
+        frame: expected (H, W, 3) uint8, RGB, at least 16 pixels a side.
+
+    Raises:
+        InputError: any other type, dtype or shape.
+    """
+    wanted = "a frame is a numpy array (H, W, 3) of uint8 in RGB order"
+    if not isinstance(frame, np.ndarray):
+        raise InputError(f"{wanted}; found {type(frame).__name__}")
+    if frame.dtype != np.uint8:
+        hint = "; for floats in [0, 1] pass (frame * 255).astype(numpy.uint8)" if frame.dtype.kind == "f" else ""
+        raise InputError(f"{wanted}; found dtype {frame.dtype}{hint}")
+    if frame.ndim != 3 or frame.shape[2] != 3:
+        hint = ""
+        if frame.ndim == 2:
+            hint = "; for grey pass numpy.repeat(frame[..., None], 3, axis=2)"
+        elif frame.ndim == 3 and frame.shape[2] == 4:
+            hint = "; drop the alpha channel with frame[..., :3]"
+        elif frame.ndim == 3 and frame.shape[0] == 3:
+            hint = "; channels come last: frame.transpose(1, 2, 0)"
+        raise InputError(f"{wanted}; found shape {frame.shape}{hint}")
+    if min(frame.shape[:2]) < 16:
+        raise InputError(f"a frame needs at least 16 pixels a side; found shape {frame.shape}")
+    return frame
+
+
+def check_crop(crop: Any, size: int) -> Float:
+    """Returns a face crop as float32 in [0, 255].
+
+    Args:
+        crop: (size, size, 3) RGB, uint8, or floating point in [0, 255] and finite.
+        size: the crop's side in pixels, from the bundle's manifest.
+
+    Raises:
+        InputError: another type, shape or dtype, a value that is not finite, or one outside [0, 255].
+    """
+    wanted = f"a face crop is a numpy array ({size}, {size}, 3), RGB, uint8 or float in [0, 255]"
+    if not isinstance(crop, np.ndarray):
+        raise InputError(f"{wanted}; found {type(crop).__name__}")
+    if crop.shape != (size, size, 3):
+        raise InputError(f"{wanted}; found shape {crop.shape}. affect_runtimes.preprocess.align_face makes one")
+    if crop.dtype == np.uint8:
+        return crop.astype(np.float32)
+    if crop.dtype.kind != "f":
+        raise InputError(f"{wanted}; found dtype {crop.dtype}")
+    if not np.isfinite(crop).all():
+        raise InputError(f"{wanted}; found {int((~np.isfinite(crop)).sum())} values that are NaN or infinite")
+    low, high = float(crop.min()), float(crop.max())
+    if low < 0.0 or high > 255.0:
+        raise InputError(f"{wanted}; found values from {low:g} to {high:g}")
+    return crop.astype(np.float32)
+
+
+def eye_transform(eyes: NDArray[np.floating[Any]], size: int, margin: float = 0.0) -> NDArray[np.float64]:
+    """The similarity transform that moves two eye centres to their places in the crop.
+
+    Args:
+        eyes: (2, 2) pixel positions (x, y) of the two eye centres in the frame; the order does not matter. A pixel's
+            centre has whole coordinates, as in OpenCV.
+        size: the crop's side in pixels.
+        margin: see `align_face`.
+
+    Returns:
+        (2, 3) float64 matrix M with crop = M @ (x, y, 1).
+
+    Raises:
+        InputError: eyes of another shape, not finite, or less than two pixels apart.
+    """
+    points = np.asarray(eyes, np.float64)
+    if points.shape != (2, 2) or not np.isfinite(points).all():
+        raise InputError(f"eyes are a finite (2, 2) array of (x, y) pixel positions; found {eyes!r}")
+    left, right = points[np.argsort(points[:, 0], kind="stable")]
+    vector = right - left
+    distance_px = float(np.hypot(*vector))
+    if distance_px < 2.0:
+        raise InputError(f"the eyes are {distance_px:.2f} pixels apart; alignment needs at least 2")
+    # Crop coordinates: a fraction f of the side lies at f * size - 0.5, because pixel 0 covers [0, 1) of the side.
+    target = (np.array([LEFT_EYE, RIGHT_EYE]) + margin) / (1 + 2 * margin) * size - 0.5
+    scale = (target[1, 0] - target[0, 0]) / distance_px
+    cos, sin = vector / distance_px * scale
+    rotation = np.array([[cos, sin], [-sin, cos]])
+    shift = target.mean(0) - rotation @ ((left + right) / 2)
+    return np.column_stack([rotation, shift])
+
+
+def align_face(
+    frame: NDArray[np.uint8], eyes: NDArray[np.floating[Any]], size: int = 112, margin: float = 0.0
+) -> NDArray[np.uint8]:
+    """Cuts one face out of a frame, upright and at the scale that the model was trained on.
+
+    Args:
+        frame: (H, W, 3) uint8, RGB.
+        eyes: (2, 2) pixel positions (x, y) of the eye centres.
+        size: side of the crop in pixels.
+        margin: border to add on every side, as a fraction of the usual crop's side; training takes its random shifts
+            and rotations from it, a device has no use for it.
+
+    Returns:
+        (size, size, 3) uint8, RGB. Parts outside the frame repeat its edge.
+
+    Raises:
+        InputError: see `check_frame` and `eye_transform`.
+    """
+    import cv2
+
+    matrix = eye_transform(eyes, size, margin)
+    picture = check_frame(frame)
+    # Bilinear sampling aliases when a large face shrinks: average first. INTER_AREA on the whole frame would cost more
+    # than a blur, so the picture is reduced by a whole factor only where the face is over twice the crop's scale.
+    factor = int(1.0 / np.hypot(matrix[0, 0], matrix[0, 1]))
+    if factor >= 2:
+        height, width = picture.shape[:2]
+        small = (max(1, width // factor), max(1, height // factor))
+        picture = np.asarray(cv2.resize(picture, small, interpolation=cv2.INTER_AREA), np.uint8)
+        ratio = np.array([width / small[0], height / small[1]])
+        # x_frame = (x_small + 0.5) * ratio - 0.5
+        matrix = np.column_stack([matrix[:, :2] * ratio, matrix[:, 2] + matrix[:, :2] @ (ratio * 0.5 - 0.5)])
+    crop = cv2.warpAffine(picture, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(crop, np.uint8)
+
+
+def normalise(crops: Float, mean: Sequence[float], std: Sequence[float]) -> Float:
+    """Pixels to the model's input.
+
+    Args:
+        crops: (batch, H, W, 3) float32 in [0, 255], RGB.
+        mean: per channel, on the [0, 1] scale, from the manifest.
+        std: per channel, on the [0, 1] scale, from the manifest.
+
+    Returns:
+        (batch, 3, H, W) float32, C-contiguous.
+    """
+    scaled = (crops / np.float32(255.0) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)

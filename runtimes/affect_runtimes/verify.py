@@ -1,0 +1,61 @@
+"""Replaying verify.npz: is this engine, on this machine, still the float model?"""
+
+import io
+import zipfile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from affect_runtimes.compare import Figure, compare_outputs
+from affect_runtimes.errors import BundleError, ParityError
+from affect_runtimes.model import BundleModel
+
+__all__ = ["replay"]
+
+Array = NDArray[Any]
+
+
+def replay(model: BundleModel) -> list[Figure]:
+    """Runs the recorded steps and measures against the recorded float outputs and states.
+
+    Args:
+        model: an opened bundle.
+
+    Returns:
+        Every figure, in the manifest's order of outputs, then states as "state.NAME".
+
+    Raises:
+        BundleError: verify.npz lacks what the manifest promises.
+        ParityError: a figure outside the bundle's bounds; the message names the output and by how much.
+    """
+    manifest = model.bundle.manifest
+    recorded = _load(model)
+    try:
+        crops, dt = recorded["crops"], recorded["dt"]
+        expected = {o.name: recorded[f"output.{o.name}"] for o in manifest.outputs}
+        expected |= {f"state.{s.name}": recorded[f"state.{s.name}"] for s in manifest.states}
+    except KeyError as error:
+        raise BundleError(f"{model.bundle.path}: verify.npz lacks {error}; export the bundle again") from None
+    state, steps = model.initial_state(1), []
+    for crop, interval in zip(crops, dt, strict=True):
+        outputs, state = model.step(model.normalise(crop[None].astype(np.float32)), state, float(interval))
+        steps.append(outputs | {f"state.{name}": array for name, array in state.arrays.items()})
+    found = {name: np.stack([s[name] for s in steps]) for name in expected}
+    kinds = {o.name: o.kind for o in manifest.outputs} | {f"state.{s.name}": "regression" for s in manifest.states}
+    figures = compare_outputs(expected, found, kinds, model.bundle.bounds)
+    missed = [f for f in figures if f.passed is False]
+    if missed:
+        raise ParityError(
+            f"{model.bundle.path}: {manifest.engine} on this machine is not the exported model: "
+            + "; ".join(str(f) for f in missed)
+        )
+    return figures
+
+
+def _load(model: BundleModel) -> dict[str, Array]:
+    try:
+        with np.load(io.BytesIO(model.bundle.read("verify.npz")), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{model.bundle.path}: verify.npz cannot be read ({error})") from None

@@ -1,0 +1,114 @@
+"""One camera: frames in, one Affect a face out."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from affect_edge._affect import Affect, make_affect
+from affect_edge._faces import FaceDetector, MtcnnDetector
+from affect_edge._tracking import FaceTracker, TrackerSettings
+from affect_runtimes.errors import InputError
+from affect_runtimes.model import BundleModel
+from affect_runtimes.preprocess import align_face, check_frame
+from affect_runtimes.state import State
+
+__all__ = ["Stream"]
+
+
+class Stream:
+    """The state of one camera. Not for several threads at once; make one stream a camera.
+
+    Made by `Recognizer.stream`.
+    """
+
+    def __init__(
+        self, model: BundleModel, detector: FaceDetector | None, settings: TrackerSettings | None, max_gap_s: float
+    ) -> None:
+        if not max_gap_s > 0:
+            raise InputError(f"max_gap_s is {max_gap_s}, expected above 0")
+        self._model = model
+        self._tracker = FaceTracker(detector or MtcnnDetector(), settings or TrackerSettings())
+        self._max_gap_s = max_gap_s
+        self._tracks: dict[int, tuple[State, float]] = {}
+        self._last_s: float | None = None
+        self.timings: dict[str, float] = {}
+        """Seconds of the last step by stage: detect (with tracking and alignment), encode, step; the last two are
+        absent when no face was found."""
+
+    def step(self, frame: NDArray[np.uint8], timestamp_s: float) -> list[Affect]:
+        """The next frame of this camera.
+
+        Args:
+            frame: (H, W, 3) uint8, RGB.
+            timestamp_s: when it was taken, in seconds on any clock that only goes forward.
+
+        Returns:
+            One result a face, in the order of track_id; empty when there is no face.
+
+        Raises:
+            InputError: a frame of another dtype or shape, or a time that is not finite or not later than the last.
+                The stream stays as it was.
+        """
+        picture = check_frame(frame)
+        now = self._check_time(timestamp_s)
+        started = time.perf_counter()
+        faces = sorted(self._tracker.update(picture, now), key=lambda f: f.track_id)
+        manifest = self._model.bundle.manifest
+        crops = [align_face(picture, face.landmarks[:2], manifest.image_px) for face in faces]
+        self._last_s = now
+        detected = time.perf_counter()
+        self.timings = {"detect": detected - started}
+        if not faces:
+            self._forget(now)
+            return []
+        states, dts = zip(*(self._resume(face.track_id, now) for face in faces), strict=True)
+        features = self._model.encode(self._model.normalise(np.stack(crops).astype(np.float32)))
+        encoded = time.perf_counter()
+        outputs, following = self._model.step_features(features, State.stack(states), dts)
+        for face, state in zip(faces, following.split(len(faces)), strict=True):
+            self._tracks[face.track_id] = (state, now)
+        self._forget(now)
+        self.timings |= {"encode": encoded - detected, "step": time.perf_counter() - encoded}
+        return [
+            make_affect(manifest, outputs, i, now, face.track_id, face.box, face.landmarks)
+            for i, face in enumerate(faces)
+        ]
+
+    def reset(self) -> None:
+        """Forgets everything: faces, states and the clock."""
+        self._tracker.reset()
+        self._tracks.clear()
+        self._last_s = None
+        self.timings = {}
+
+    def states(self) -> dict[int, State]:
+        """The present state of every face by track_id: values, to be looked at or stored."""
+        return {track: state for track, (state, _) in self._tracks.items()}
+
+    def _check_time(self, timestamp_s: Any) -> float:
+        try:
+            now = float(timestamp_s)
+        except (TypeError, ValueError):
+            raise InputError(f"timestamp_s is a number of seconds; found {timestamp_s!r}") from None
+        if not math.isfinite(now):
+            raise InputError(f"timestamp_s is {now}; expected a finite number of seconds")
+        if self._last_s is not None and now <= self._last_s:
+            raise InputError(
+                f"timestamp_s is {now:.6f}, not later than the last frame's {self._last_s:.6f}; "
+                "drop repeated frames, or call reset() when the clock starts anew"
+            )
+        return now
+
+    def _resume(self, track_id: int, now: float) -> tuple[State, float]:
+        """The state to go on from and the dt since then."""
+        if track_id in self._tracks:
+            state, seen = self._tracks[track_id]
+            if now - seen <= self._max_gap_s:
+                return state, (now - seen) / self._model.bundle.manifest.clock.frame_interval_s
+        return self._model.initial_state(), 1.0
+
+    def _forget(self, now: float) -> None:
+        self._tracks = {k: v for k, v in self._tracks.items() if now - v[1] <= self._max_gap_s}

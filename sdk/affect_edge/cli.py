@@ -1,0 +1,41 @@
+"""`affect-verify BUNDLE`: is this bundle, on this machine, still the exported model?
+
+Exit codes: 0 it is, 1 refused, 2 usage.
+"""
+
+import argparse
+import platform
+import sys
+
+__all__ = ["verify_main"]
+
+
+def verify_main(argv: list[str] | None = None) -> int:
+    """Hashes every file, replays verify.npz, and prints each figure beside its bound."""
+    from affect_edge._recognizer import SHIPPED
+    from affect_runtimes.errors import AffectError
+    from affect_runtimes.model import BundleModel
+    from affect_runtimes.verify import replay
+
+    parser = argparse.ArgumentParser(prog="affect-verify", description=verify_main.__doc__)
+    parser.add_argument("bundle", nargs="?", default=SHIPPED, help="folder of the bundle; default: the shipped student")
+    parser.add_argument("--threads", type=int, default=1, help="for each engine (default 1)")
+    arguments = parser.parse_args(argv)
+    try:
+        model = BundleModel(arguments.bundle, arguments.threads)
+        figures = replay(model)
+    except AffectError as error:
+        print(f"affect-verify: {error}", file=sys.stderr)
+        return 1
+    manifest = model.bundle.manifest
+    print(f"{manifest.model_name} {manifest.model_version} for {manifest.target_name}, weights {manifest.weights_sha256[:12]}")
+    if not manifest.trained:
+        print("RANDOM WEIGHTS: never trained, the outputs mean nothing")
+    for figure in figures:
+        print(f"  {figure}")
+    print(f"verified: {manifest.engine} on {platform.machine()} is the exported model, within its bounds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(verify_main())
