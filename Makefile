@@ -21,6 +21,9 @@ CXX_FILES := $(shell find runtimes/native -name '*.cpp' -o -name '*.h')
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 
+# pip hides what a build says unless it is given -v, so the pure-Python form is announced here.
+SAY_IF_NATIVE = $(BIN)/python -c 'from affect_runtimes import native; print(native.unavailable_reason() or "native step library: ready")'
+
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo export test check lint format wheel clean
 
@@ -40,13 +43,14 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.created
 
 $(VENV)/.installed: $(INSTALL_INPUTS) $(VENV)/.torch
 	$(PIP) install -e '.[export,demo]'
-	@$(BIN)/python -c 'from affect_runtimes import native; print(native.unavailable_reason() or "native step library: ready")'
+	@$(SAY_IF_NATIVE)
 	touch $@
 
 # The quantize extra is left out: no test needs nncf.
 # AFFECT_WERROR: a warning of the native library fails its build here, and test_native.py then fails for want of it.
 $(VENV)/.installed-dev: $(INSTALL_INPUTS) $(VENV)/.torch
 	AFFECT_WERROR=ON $(PIP) install -e '.[export,demo,dev]'
+	@$(SAY_IF_NATIVE)
 	touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed ## the package, editable, with what export and demo need

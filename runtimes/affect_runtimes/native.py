@@ -176,7 +176,8 @@ def _load(folders: list[Path]) -> ctypes.CDLL:
         looked_in = ", ".join(str(folder) for folder in folders)
         raise MissingDependencyError(
             f"the native step library ({_LIBRARY_NAME}) is not installed: affect-edge was installed without a working "
-            f"C++ compiler, so this is its pure-Python form (looked in {looked_in}). {_WHAT_WORKS}"
+            f"C++ compiler (`pip install -v` shows what its build said), so this is its pure-Python form (looked in "
+            f"{looked_in}). {_WHAT_WORKS}"
         )
     try:
         library = ctypes.CDLL(str(path))

@@ -191,14 +191,21 @@ import numpy as np
 from affect_edge import Recognizer
 recognizer = Recognizer()
 state = recognizer.initial_state()
+crop = np.full((recognizer.crop_px, recognizer.crop_px, 3), 128, np.uint8)
 for _ in range(3):
-    affect, state = recognizer.step(np.full((112, 112, 3), 128, np.uint8), state, dt=1.0)
+    affect, state = recognizer.step(crop, state, dt=1.0)
 assert -1 <= affect.valence <= 1, affect
 print(affect.expression)
 """
     done = run_on_device(device, code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_wheel_has_the_version_that_the_sdk_states(device: list[Path], wheel: Built) -> None:
+    done = run_on_device(device, "import affect_edge; print(affect_edge.__version__)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == Parser().parsestr(wheel.metadata)["Version"]
 
 
 def test_the_wheel_alone_finds_its_native_library(device: list[Path], wheel: Built) -> None:

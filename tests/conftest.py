@@ -1,0 +1,63 @@
+"""Shared fixtures: a tiny student with random weights, and bundles exported from it once a run."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from affect_export.export import export_student
+from affect_export.models.checkpoint import Checkpoint, load_student, save_student
+from affect_export.models.student import Student, StudentConfig
+from affect_export.parity_data import carphone_crops
+from affect_export.targets import TARGETS
+from affect_runtimes.bundle import Bundle
+from affect_runtimes.model import BundleModel
+from numpy.typing import NDArray
+
+
+def random_student(seed: int) -> Student:
+    """A tiny student in which every part matters: the scan's share of the output is as large as the rest."""
+    torch.manual_seed(seed)
+    model = Student(StudentConfig.tiny()).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            # Slow decay and a strong path through the state; at the usual start the skip path hides the scan.
+            block.out_proj.weight.mul_(4.0)
+            block.x_proj.weight.mul_(4.0)
+            block.dt_proj.bias.fill_(-1.0)
+            block.D.fill_(0.1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Random weights, saved and loaded again."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_student(random_student(1), path, version="0.0.1", trained=False)
+    return load_student(path)
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the tiny student; tests that change it use `bundle_folder`."""
+    folder = tmp_path_factory.mktemp("exported") / "bundle"
+    export_student(checkpoint, TARGETS["cpu"], folder, bounds=TARGETS["cpu"].bounds)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(exported: Path) -> BundleModel:
+    return BundleModel(Bundle.open(exported))
+
+
+@pytest.fixture
+def bundle_folder(exported: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def crops() -> NDArray[np.uint8]:
+    """The carphone crops at their own size, (120, 112, 112, 3) uint8."""
+    return carphone_crops()
