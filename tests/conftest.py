@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+
 from affect_export.export import export_student
 from affect_export.models.checkpoint import Checkpoint, load_student, save_student
 from affect_export.models.student import Student, StudentConfig
@@ -13,7 +15,6 @@ from affect_export.parity_data import carphone_crops
 from affect_export.targets import TARGETS
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.model import BundleModel
-from numpy.typing import NDArray
 
 
 def random_student(seed: int) -> Student:
@@ -21,7 +22,7 @@ def random_student(seed: int) -> Student:
     torch.manual_seed(seed)
     model = Student(StudentConfig.tiny()).eval()
     with torch.no_grad():
-        for block in model.blocks:
+        for _, block in model._layers():
             # Slow decay and a strong path through the state; at the usual start the skip path hides the scan.
             block.out_proj.weight.mul_(4.0)
             block.x_proj.weight.mul_(4.0)

@@ -6,6 +6,10 @@ Exit codes: 0 done, 1 refused (parity, integrity, missing library), 2 usage.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from affect_export.export import ExportResult
 
 __all__ = ["main"]
 
@@ -42,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 
         if arguments.list_targets:
             for target in TARGETS.values():
-                bounds = ", ".join(f"{b.output} {b.metric} {b.limit:g}" for b in target.bounds)
-                print(f"{target.name:16} {target.summary}; held to {bounds}")
+                held = ", ".join(f"{b.output} {b.metric} {b.limit:g}" for b in target.bounds)
+                print(f"{target.name:16} {target.summary}; held to {held}")
             return 0
         if arguments.target is None:
             raise InputError("name a --target; --list-targets shows them")
@@ -79,21 +83,25 @@ def _require(*modules: str) -> None:
         raise MissingDependencyError(f"exporting needs {', '.join(missing)}: pip install 'affect-edge[export]'")
 
 
-def _print_result(result) -> None:  # type: ignore[no-untyped-def]
+def _print_result(result: "ExportResult") -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
+    worst = {"max_abs": max, "ccc": min, "agreement": min}
+    table = Table(title="against the float model", title_justify="left")
+    table.add_column("comparison")
+    for metric in worst:
+        table.add_column(f"worst {metric}", justify="right")
     for name, figures in result.report.comparisons.items():
-        table = Table(title=name, title_justify="left")
-        for column in ("output", "metric", "value", "bound"):
-            table.add_column(column, justify="left" if column in ("output", "metric") else "right")
-        for f in figures:
-            if f.limit is not None:
-                table.add_row(f.output, f.metric, f"{f.value:.3g}", f"{f.limit:g}")
-        console.print(table)
+        cells = []
+        for metric, pick in worst.items():
+            values = [f.value for f in figures if f.metric == metric and f.limit is not None]
+            cells.append(f"{pick(values):.3g}" if values else "")
+        table.add_row(name, *cells)
+    console.print(table)
     place = "dry run: nothing written" if result.path is None else f"written to {result.path}"
-    console.print(f"every bound held; {result.size_bytes / 1e6:.2f} MB; {place}")
+    console.print(f"every bound held; {result.size_bytes / 1e6:.2f} MB; {place}", soft_wrap=True)
 
 
 if __name__ == "__main__":

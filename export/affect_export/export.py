@@ -63,7 +63,9 @@ def tighten(bounds: Sequence[Bound], max_drop: float | None) -> tuple[Bound, ...
         result.append(bound)
     if all(b.limit > floor for b in result if b.metric in ("ccc", "agreement")):
         loosest = max(1.0 - b.limit for b in bounds if b.metric in ("ccc", "agreement"))
-        raise InputError(f"--max-drop {max_drop:g} is looser than the target's own bounds (drop <= {loosest:g}); it can only tighten")
+        raise InputError(
+            f"--max-drop {max_drop:g} is looser than the target's own bounds (drop <= {loosest:g}); it can only tighten"
+        )
     return tuple(result)
 
 
@@ -80,7 +82,9 @@ def check_output_folder(output: Path, force: bool) -> None:
     if not any(output.iterdir()):
         return
     if not _is_bundle(output):
-        raise InputError(f"{output}: exists, is not empty and is not a bundle of affect-export; choose another --output")
+        raise InputError(
+            f"{output}: exists, is not empty and is not a bundle of affect-export; choose another --output"
+        )
     if not force:
         raise InputError(f"{output}: holds a bundle already; --force replaces it")
 
@@ -95,7 +99,13 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def export_student(
-    checkpoint: Checkpoint, target: Target, output: Path, *, bounds: Sequence[Bound], force: bool = False, dry_run: bool = False
+    checkpoint: Checkpoint,
+    target: Target,
+    output: Path,
+    *,
+    bounds: Sequence[Bound],
+    force: bool = False,
+    dry_run: bool = False,
 ) -> ExportResult:
     """Writes a bundle, or nothing.
 
@@ -125,7 +135,9 @@ def export_student(
         report = _write(checkpoint, target, bounds, folder)
         if not report.passed:
             missed = "; ".join(f"{where}: {figure}" for where, figure in report.failures)
-            raise ParityError(f"the {target.name} bundle is not the float model any more, nothing was written: {missed}")
+            raise ParityError(
+                f"the {target.name} bundle is not the float model any more, nothing was written: {missed}"
+            )
         size = Bundle.open(folder).size_bytes
         if dry_run:
             return ExportResult(None, size, report)
@@ -235,7 +247,9 @@ def _write(checkpoint: Checkpoint, target: Target, bounds: Sequence[Bound], fold
     return report
 
 
-def _sequence_form(checkpoint: Checkpoint, sequences: Sequence[ParitySequence], bounds: Sequence[Bound]) -> dict[str, Any]:
+def _sequence_form(
+    checkpoint: Checkpoint, sequences: Sequence[ParitySequence], bounds: Sequence[Bound]
+) -> dict[str, Any]:
     """The float model against itself: whole sequence at once against step by step."""
     comparisons = {}
     for s in sequences:
@@ -252,7 +266,9 @@ def _verification(checkpoint: Checkpoint) -> bytes:
     config = checkpoint.model.config
     crops = carphone_crops(config.image_px)[:VERIFY_STEPS]
     dt = np.ones(VERIFY_STEPS, np.float32)
-    dt[VERIFY_STEPS * 3 // 4 :] = np.linspace(0.5, 3.0, VERIFY_STEPS - VERIFY_STEPS * 3 // 4)  # the last quarter is uneven
+    dt[VERIFY_STEPS * 3 // 4 :] = np.linspace(
+        0.5, 3.0, VERIFY_STEPS - VERIFY_STEPS * 3 // 4
+    )  # the last quarter is uneven
     frames = normalise(crops.astype(np.float32), config.mean, config.std)
     outputs, states = graphs.run_step_form(checkpoint.model, frames[:, None], dt[:, None])
     arrays: dict[str, NDArray[Any]] = {"crops": crops, "dt": dt}

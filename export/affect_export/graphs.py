@@ -87,7 +87,13 @@ def describe_outputs(model: Student) -> list[dict[str, Any]]:
     """The manifest's outputs: kinds, ranges, labels, and what signal each really is."""
     c = model.config
     return [
-        {"name": "expression", "kind": "distribution", "range": [0, 1], "labels": list(c.expressions), "signal": "label"},
+        {
+            "name": "expression",
+            "kind": "distribution",
+            "range": [0, 1],
+            "labels": list(c.expressions),
+            "signal": "label",
+        },
         {"name": "valence", "kind": "regression", "range": [-1, 1], "signal": "proxy"},
         {"name": "arousal", "kind": "regression", "range": [-1, 1], "signal": "proxy"},
         {

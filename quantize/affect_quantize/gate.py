@@ -57,7 +57,11 @@ class GateReport:
 
 
 def check_parity(
-    reference: Runner, artefact: Runner, sequences: Iterable[ParitySequence], kinds: Mapping[str, str], bounds: Sequence[Bound]
+    reference: Runner,
+    artefact: Runner,
+    sequences: Iterable[ParitySequence],
+    kinds: Mapping[str, str],
+    bounds: Sequence[Bound],
 ) -> GateReport:
     """Runs both sides over every sequence and measures.
 
@@ -83,7 +87,9 @@ def check_parity(
             ]
             together = {name: found[name] for name in kinds}
             apart = {name: np.concatenate([a[name] for a in alone], axis=1) for name in kinds}
-            comparisons[f"{sequence.name}: side by side against alone"] = compare_outputs(apart, together, kinds, bounds)
+            comparisons[f"{sequence.name}: side by side against alone"] = compare_outputs(
+                apart, together, kinds, bounds
+            )
     return GateReport(comparisons)
 
 

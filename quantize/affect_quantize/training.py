@@ -113,7 +113,7 @@ def train(
             if not torch.isfinite(value):
                 raise FloatingPointError(f"the loss is {value.item()} in epoch {epoch}: {_floats(terms)}")
             optimiser.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimiser.step()
             schedule.step()

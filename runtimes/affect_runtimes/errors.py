@@ -1,13 +1,13 @@
-"""The one error tree of Affect Edge.
+"""The one error tree of Affect Edge::
 
-    AffectError                what was asked, what was found, what would work
-      InputError               a frame, crop, time or option that cannot be used (also a ValueError)
-      StateError               a state of another model, or bytes that are not a state
-      SourceError              a video or camera that is missing, unreadable or silent
-      BundleError              a folder that is not a usable bundle
-        IntegrityError         a file of a bundle that is missing, changed or outside it
-      ParityError              an engine or artefact outside its stated bound
-      MissingDependencyError   an optional library that is not installed (also an ImportError)
+AffectError                what was asked, what was found, what would work
+  InputError               a frame, crop, time or option that cannot be used (also a ValueError)
+  StateError               a state of another model, or bytes that are not a state
+  SourceError              a video or camera that is missing, unreadable or silent
+  BundleError              a folder that is not a usable bundle
+    IntegrityError         a file of a bundle that is missing, changed or outside it
+  ParityError              an engine or artefact outside its stated bound
+  MissingDependencyError   an optional library that is not installed (also an ImportError)
 """
 
 __all__ = [

@@ -41,7 +41,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Output:
-    """One output: kind is regression, distribution (one label an entry, sums to 1) or multilabel (each in its range)."""
+    """One output: kind is regression, distribution (a label an entry, sums to 1) or multilabel (each in its range)."""
 
     name: str
     kind: str

@@ -21,7 +21,9 @@ class OnnxRuntimeEngine(GraphEngine):
         try:
             import onnxruntime as ort
         except ImportError as error:
-            raise MissingDependencyError(f"this bundle runs on ONNX Runtime: pip install onnxruntime ({error})") from None
+            raise MissingDependencyError(
+                f"this bundle runs on ONNX Runtime: pip install onnxruntime ({error})"
+            ) from None
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

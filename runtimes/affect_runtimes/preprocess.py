@@ -1,8 +1,8 @@
 """From a camera frame to the model's input: one implementation for training and for the device.
 
-A face is cut out by a similarity transform (rotation, one scale, shift) that puts the two eye centres at fixed places of a
-square crop. The places are the median eye positions that the YuNet detector finds in FER+ faces, so that an aligned
-photograph and a FER+ face that is merely enlarged show the face at the same scale.
+A face is cut out by a similarity transform (rotation, one scale, shift) that puts the two eye centres at fixed places
+of a square crop. The places are the median eye positions that the YuNet detector finds in FER+ faces, so that an
+aligned photograph and a FER+ face that is merely enlarged show the face at the same scale.
 """
 
 from collections.abc import Sequence

@@ -105,7 +105,9 @@ class State:
         """
         start = len(_MAGIC) + 8
         if len(data) < start + 32 or data[: len(_MAGIC)] != _MAGIC:
-            raise StateError(f"these {len(data)} bytes are not a saved state (they do not begin with {_MAGIC.decode()})")
+            raise StateError(
+                f"these {len(data)} bytes are not a saved state (they do not begin with {_MAGIC.decode()})"
+            )
         content, digest = data[:-32], data[-32:]
         if hashlib.sha256(content).digest() != digest:
             raise StateError("the saved state is damaged: its checksum does not match (cut short or changed)")

@@ -99,7 +99,8 @@ class Recognizer:
         """Several faces in one batched step; otherwise as `step`, one entry a face."""
         if not len(face_crops) == len(states) == len(dts):
             raise InputError(
-                f"one state and one dt for each crop: found {len(face_crops)} crops, {len(states)} states, {len(dts)} dts"
+                "one state and one dt for each crop: "
+                f"found {len(face_crops)} crops, {len(states)} states, {len(dts)} dts"
             )
         if not face_crops:
             return [], []

@@ -51,7 +51,9 @@ class VideoSource:
             more, read = self._capture.read()
             frame = read if more else None
         if self.frame_count is not None and index < self.frame_count:
-            _log.warning("%s: ended after %d of %d frames; the file may be cut short", self.name, index, self.frame_count)
+            _log.warning(
+                "%s: ended after %d of %d frames; the file may be cut short", self.name, index, self.frame_count
+            )
 
     def _file_time(self, index: int, last: float) -> float:
         import cv2
@@ -82,21 +84,26 @@ def open_source(source: str | Path | int) -> VideoSource:
     """
     import cv2
 
-    camera = isinstance(source, int) or (isinstance(source, str) and source.isdigit() and not Path(source).exists())
-    name = f"camera {source}" if camera else str(source)
+    text = str(source)
+    camera = isinstance(source, int) or (isinstance(source, str) and text.isdigit() and not Path(text).exists())
+    name = f"camera {text}" if camera else text
     if not camera:
-        _check_file(Path(source))
+        _check_file(Path(text))
     with quiet_opencv():  # what OpenCV has to say about a broken file is said better below
-        capture = cv2.VideoCapture(int(source)) if camera else cv2.VideoCapture(str(source))
+        capture = cv2.VideoCapture(int(text)) if camera else cv2.VideoCapture(text)
         opened = capture.isOpened()
         more, first = capture.read() if opened else (False, None)
     if more and first is not None:
         return VideoSource(capture, name, camera, np.asarray(first, np.uint8))
     capture.release()
     if camera and not opened:
-        raise SourceError(f"{name}: cannot be opened; is it plugged in, and free? Other cameras have other indices (0, 1, ...)")
+        raise SourceError(
+            f"{name}: cannot be opened; is it plugged in, and free? Other cameras have other indices (0, 1, ...)"
+        )
     if camera:
-        raise SourceError(f"{name}: opened, but gives no picture; another program may hold it, or it is covered by a switch")
+        raise SourceError(
+            f"{name}: opened, but gives no picture; another program may hold it, or it is covered by a switch"
+        )
     raise SourceError(f"{name}: not a video that OpenCV can read, or one without a single frame")
 
 

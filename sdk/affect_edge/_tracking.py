@@ -17,6 +17,8 @@ Points = NDArray[np.float32]
 
 _FLOW_POINTS = 40
 _LEAST_POINTS = 8
+_LEAST_WINDOW_PX = 16
+_FLOW_FACE_PX = 128
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,37 @@ def _follow(before: NDArray[np.uint8], after: NDArray[np.uint8], face: TrackedFa
     import cv2
 
     x, y, width, height = face.box
+    # Only the face and where it can get to in one frame, and no larger than flow needs: the cost does not depend on the
+    # frame's size.
+    left, top = max(0, int(x - width / 2)), max(0, int(y - height / 2))
+    window = slice(top, max(top, int(y + 1.5 * height))), slice(left, max(left, int(x + 1.5 * width)))
+    views = [np.ascontiguousarray(grey[window]) for grey in (before, after)]
+    if min(views[0].shape) < _LEAST_WINDOW_PX:
+        return None
+    shrink = min(1.0, _FLOW_FACE_PX / max(width, height))
+    if shrink < 1.0:
+        size = tuple(max(1, round(side * shrink)) for side in views[0].shape[::-1])
+        views = [np.asarray(cv2.resize(view, size, interpolation=cv2.INTER_AREA), np.uint8) for view in views]
+    inner = ((x - left) * shrink, (y - top) * shrink, width * shrink, height * shrink)
+    small = _similarity(views[0], views[1], inner)
+    if small is None:
+        return None
+    # The view's pixel v shows the frame's p, v = shrink * p + offset; the transform is M v in the view.
+    offset = shrink * (0.5 - np.array([left, top])) - 0.5
+    turn, shift = small[:, :2], (small[:, :2] @ offset + small[:, 2] - offset) / shrink
+    cx, cy = turn @ (x + width / 2, y + height / 2) + shift
+    if not (0 <= cx < after.shape[1] and 0 <= cy < after.shape[0]):
+        return None
+    scale = float(np.hypot(turn[0, 0], turn[1, 0]))
+    box = (float(cx - scale * width / 2), float(cy - scale * height / 2), scale * width, scale * height)
+    return replace(face, box=box, landmarks=(face.landmarks @ turn.T + shift).astype(np.float32))
+
+
+def _similarity(before: NDArray[np.uint8], after: NDArray[np.uint8], box: Box) -> NDArray[np.float64] | None:
+    """The (2, 3) similarity transform that most of the texture inside a box agrees on, or None."""
+    import cv2
+
+    x, y, width, height = box
     mask = np.zeros_like(before)
     # The inner part of the box: its edge shows background, which moves on its own.
     left, top = max(0, int(x + 0.1 * width)), max(0, int(y + 0.1 * height))
@@ -164,11 +197,5 @@ def _follow(before: NDArray[np.uint8], after: NDArray[np.uint8], face: TrackedFa
     if matrix is None or int(inliers.sum()) < _LEAST_POINTS:
         return None
     scale = float(np.hypot(matrix[0, 0], matrix[1, 0]))
-    if not 0.8 < scale < 1.25:
-        return None  # no face grows by a quarter between two frames
-    landmarks = face.landmarks @ matrix[:, :2].T + matrix[:, 2]
-    cx, cy = matrix[:, :2] @ (x + width / 2, y + height / 2) + matrix[:, 2]
-    if not (0 <= cx < after.shape[1] and 0 <= cy < after.shape[0]):
-        return None
-    box = (cx - scale * width / 2, cy - scale * height / 2, scale * width, scale * height)
-    return replace(face, box=tuple(float(v) for v in box), landmarks=landmarks.astype(np.float32))
+    # No face grows by a quarter between two frames.
+    return np.asarray(matrix, np.float64) if 0.8 < scale < 1.25 else None

@@ -28,7 +28,8 @@ def verify_main(argv: list[str] | None = None) -> int:
         print(f"affect-verify: {error}", file=sys.stderr)
         return 1
     manifest = model.bundle.manifest
-    print(f"{manifest.model_name} {manifest.model_version} for {manifest.target_name}, weights {manifest.weights_sha256[:12]}")
+    name = f"{manifest.model_name} {manifest.model_version}"
+    print(f"{name} for {manifest.target_name}, weights {manifest.weights_sha256[:12]}")
     if not manifest.trained:
         print("RANDOM WEIGHTS: never trained, the outputs mean nothing")
     for figure in figures:

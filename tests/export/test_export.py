@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from affect_export import cli, export
 from affect_export.models.checkpoint import SHIPPED, Checkpoint, load_student, save_student
 from affect_export.models.student import Student, StudentConfig
@@ -54,14 +55,15 @@ def _sabotaged(change: str) -> Target:
 
     def build(sources: list[GraphSource], folder: Path) -> list[WrittenGraph]:
         model = sources[1].module.model
+        assert isinstance(model, Student)
         original = {k: v.clone() for k, v in model.state_dict().items()}
         with torch.no_grad():
             if change == "scale":
-                model.heads["valence_arousal"].weight.mul_(1.05)
+                model.get_parameter("heads.valence_arousal.weight").mul_(1.05)
             elif change == "scan":
-                model.blocks[0].A_log.fill_(5.0)
+                model.get_parameter("blocks.0.A_log").fill_(5.0)
             elif change == "normalisation":
-                model.encoder.stages[0][0].weight.mul_(1.1)
+                model.get_parameter("encoder.stages.0.0.weight").mul_(1.1)
         try:
             return CPU.builder(sources, folder)
         finally:
@@ -200,7 +202,7 @@ def test_checkpoints_that_are_none_are_refused(tmp_path: Path) -> None:
         load_student(path)
     model = Student(StudentConfig.tiny())
     save_student(model, path, version="1", trained=False)
-    with pytest.raises(AffectError, match="model card|MODEL_CARD"):
+    with pytest.raises(AffectError, match="MODEL_CARD"):
         export._random_card(replace(load_student(path), trained=True))
 
 

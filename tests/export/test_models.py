@@ -1,9 +1,15 @@
 """Sequence form, step form and exported step are one model, for any split of a sequence."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from affect_export import graphs
 from affect_export.models.checkpoint import Checkpoint
 from affect_export.models.mamba import Mamba, MambaConfig
@@ -11,15 +17,18 @@ from affect_export.models.scan import selective_scan
 from affect_export.models.student import Student, StudentConfig
 from affect_export.parity_data import parity_sequences, random_sequence
 from affect_runtimes.model import BundleModel
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 # fp32 over a hundred steps; the issue of record is 1e-4, the float forms themselves agree far better.
 STEP_TOLERANCE = 1e-5
 EXPORT_TOLERANCE = 1e-4
 
 
-def scan_reference(x, delta, a, b, c, skip, state):  # type: ignore[no-untyped-def]
+Array = NDArray[np.float64]
+
+
+def scan_reference(
+    x: Array, delta: Array, a: Array, b: Array, c: Array, skip: Array, state: Array
+) -> tuple[Array, Array]:
     """The recurrence written out in float64, one scalar index at a time."""
     batch, steps, channels = x.shape
     y = np.zeros((batch, steps, channels))
@@ -28,7 +37,9 @@ def scan_reference(x, delta, a, b, c, skip, state):  # type: ignore[no-untyped-d
         for t in range(steps):
             for d in range(channels):
                 for n in range(a.shape[1]):
-                    h[i, d, n] = np.exp(delta[i, t, d] * a[d, n]) * h[i, d, n] + delta[i, t, d] * b[i, t, n] * x[i, t, d]
+                    h[i, d, n] = (
+                        np.exp(delta[i, t, d] * a[d, n]) * h[i, d, n] + delta[i, t, d] * b[i, t, n] * x[i, t, d]
+                    )
                 y[i, t, d] = (h[i, d] * c[i, t]).sum() + skip[d] * x[i, t, d]
     return y, h
 
@@ -39,7 +50,8 @@ def test_scan_is_the_recurrence() -> None:
     a, b, c = -rng.uniform(0.1, 4, (3, 5)), rng.standard_normal((2, 7, 5)), rng.standard_normal((2, 7, 5))
     skip, state = rng.standard_normal(3), rng.standard_normal((2, 3, 5))
     arguments = (x, delta, a, b, c, skip, state)
-    y, last = selective_scan(*(torch.from_numpy(v) for v in arguments))
+    tx, td, ta, tb, tc, tskip, tstate = (torch.from_numpy(v) for v in arguments)
+    y, last = selective_scan(tx, td, ta, tb, tc, tskip, tstate)
     expected_y, expected_last = scan_reference(*arguments)
     np.testing.assert_allclose(y.numpy(), expected_y, atol=1e-12)
     np.testing.assert_allclose(last.numpy(), expected_last, atol=1e-12)
@@ -110,7 +122,7 @@ def test_any_split_of_a_sequence_gives_the_whole(data: st.DataObject, seed: int,
         whole, last = model.forward_features(features, None, dt)
         cuts = sorted({0, steps, *data.draw(st.lists(st.integers(0, steps), max_size=4))})
         state, parts = model.initial_state(batch), []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             if stop - start == 1:
                 out, state = model.step_features(features[:, start], state, dt[:, start])
                 out = {k: v.unsqueeze(1) for k, v in out.items()}
@@ -144,7 +156,7 @@ def test_the_scan_matters_in_the_test_weights(checkpoint: Checkpoint) -> None:
     sequence = random_sequence(model.config.image_px, 12, 1)
     before, _ = graphs.run_step_form(model, sequence.frames, sequence.dt)
     with torch.no_grad():
-        for block in model.blocks:
+        for _, block in model._layers():
             rank = block.config.rank
             block.x_proj.weight[rank : rank + block.config.d_state] = 0.0
     after, _ = graphs.run_step_form(model, sequence.frames, sequence.dt)

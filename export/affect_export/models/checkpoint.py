@@ -71,7 +71,7 @@ def load_student(path: Path = SHIPPED) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            weights = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise AffectError(f"{path}: not a safetensors file ({error})") from None
     if header.get("model") != "student" or "config" not in header:

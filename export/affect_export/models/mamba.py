@@ -81,7 +81,9 @@ class Mamba(nn.Module):
         conv = like.new_zeros(batch, config.d_inner, config.d_conv - 1)
         return conv, like.new_zeros(batch, config.d_inner, config.d_state)
 
-    def forward(self, x: Tensor, state: MambaState | None = None, dt: Tensor | None = None) -> tuple[Tensor, MambaState]:
+    def forward(
+        self, x: Tensor, state: MambaState | None = None, dt: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
         """A sequence, continuing from `state`.
 
         Args:
@@ -117,10 +119,16 @@ class Mamba(nn.Module):
         conv, ssm = state
         signal, gate = self.in_proj(x).chunk(2, dim=-1)
         window = torch.cat([conv, signal.unsqueeze(2)], dim=2)
-        signal = F.silu((window * self.conv1d.weight.squeeze(1)).sum(2) + self.conv1d.bias)
+        signal = F.silu((window * self.conv1d.weight.squeeze(1)).sum(2) + self._conv_bias)
         delta, b, c = self._selection(signal, None if dt is None else dt.unsqueeze(-1))
         y, ssm = selective_scan_step(signal, delta, -torch.exp(self.A_log), b, c, self.D, ssm)
         return self.out_proj(y * F.silu(gate)), (window[:, :, 1:], ssm)
+
+    @property
+    def _conv_bias(self) -> Tensor:
+        bias = self.conv1d.bias
+        assert bias is not None  # made with one
+        return bias
 
     def _selection(self, signal: Tensor, dt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         n = self.config.d_state

@@ -17,7 +17,9 @@ Why the state is what it is: A is diagonal, so each of the D channels is N indep
 frame t summarises every earlier frame; no other memory of the past is needed to continue.
 """
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,15 +78,18 @@ def selective_scan(
 
 
 @cache
-def _cuda_kernel():  # type: ignore[no-untyped-def]
+def _cuda_kernel() -> Callable[..., Any] | None:
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError:
         return None
-    return selective_scan_fn
+    kernel: Callable[..., Any] = selective_scan_fn
+    return kernel
 
 
-def _scan_with_kernel(kernel, x, delta, a, b, c, skip, state):  # type: ignore[no-untyped-def]
+def _scan_with_kernel(
+    kernel: Callable[..., Any], x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """mamba-ssm's kernel starts from a zero state; ours is added by linearity of the recurrence.
 
     A state h_0 adds C_t · exp(A ΣΔ) h_0 to y_t. The exponent is never positive, so long sequences cannot overflow.

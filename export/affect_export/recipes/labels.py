@@ -93,9 +93,10 @@ def plurality_label(votes: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def expressiveness(blendshapes: NDArray[Any], names: Sequence[str]) -> Float:
-    """How much the face moves, in [0, 1]: one minus the product of (1 - coefficient) over the expressive blendshapes."""
+    """How much the face moves, in [0, 1]: 1 minus the product of (1 - coefficient) over the expressive blendshapes."""
     columns = [list(names).index(n) for n in _EXPRESSIVE]
-    return (1 - np.prod(1 - np.clip(blendshapes[:, columns].astype(np.float32), 0, 1), axis=1)).astype(np.float32)
+    still = np.prod(1 - np.clip(blendshapes[:, columns].astype(np.float32), 0, 1), axis=1)
+    return np.asarray(1 - still, np.float32)
 
 
 def valence_arousal(distribution: Float, intensity: Float) -> Float:
@@ -110,7 +111,7 @@ def valence_arousal(distribution: Float, intensity: Float) -> Float:
     Returns:
         (N, 2) in [-1, 1].
     """
-    return (distribution @ CIRCUMPLEX * (0.6 + 0.4 * intensity)[:, None]).astype(np.float32)
+    return np.asarray(distribution @ CIRCUMPLEX * (0.6 + 0.4 * intensity)[:, None], np.float32)
 
 
 def action_units(blendshapes: NDArray[Any], names: Sequence[str]) -> Float:
@@ -118,7 +119,7 @@ def action_units(blendshapes: NDArray[Any], names: Sequence[str]) -> Float:
     b, index = np.clip(blendshapes.astype(np.float32), 0, 1), list(names).index
 
     def sides(name: str) -> Float:
-        return (b[:, index(name + "Left")] + b[:, index(name + "Right")]) / 2
+        return np.asarray((b[:, index(name + "Left")] + b[:, index(name + "Right")]) / 2, np.float32)
 
     jaw, smile, squint = b[:, index("jawOpen")], sides("mouthSmile"), sides("eyeSquint")
     units = {
@@ -141,4 +142,4 @@ def action_units(blendshapes: NDArray[Any], names: Sequence[str]) -> Float:
 def eye_closure(blendshapes: NDArray[Any], names: Sequence[str]) -> Float:
     """(N,) in [0, 1]: the mean of both eyes' blink coefficients."""
     index = list(names).index
-    return blendshapes[:, [index("eyeBlinkLeft"), index("eyeBlinkRight")]].astype(np.float32).mean(1)
+    return np.asarray(blendshapes[:, [index("eyeBlinkLeft"), index("eyeBlinkRight")]].mean(1, dtype=np.float32))

@@ -36,8 +36,8 @@ __all__ = ["build", "held_out", "smooth"]
 _log = logging.getLogger("affect_edge.training")
 
 STEPS = 32
-BATCH_STILLS, BATCH_CLIPS = 96, 32
-BATCHES = 200
+BATCH_STILLS, BATCH_CLIPS = 48, 32
+BATCHES = 100
 VIEWS_STILLS, VIEWS_CLIPS = 4, 4
 SMOOTHING_S = 0.25
 # People who appear in no training clip.
@@ -108,7 +108,7 @@ def build(
         loss,
         evaluate,
         "monitor",
-        TrainingConfig(recipe.sequence_epochs, BATCHES, 5e-4, weight_decay=0.02, ema_decay=0.99),
+        TrainingConfig(recipe.sequence_epochs, BATCHES, 1e-3, weight_decay=0.02, ema_decay=0.99),
         folder,
     )
     for parameter in model.encoder.parameters():
@@ -145,7 +145,9 @@ def _encode_clip(model: Student, clip: Clip, generator: torch.Generator) -> _Fea
         if view == 0:
             images = plain(torch.from_numpy(clip.images), True, model.config)
         else:
-            images = crop_batch(torch.from_numpy(clip.images), True, model.config, Augmentation(), generator, shared=True)
+            images = crop_batch(
+                torch.from_numpy(clip.images), True, model.config, Augmentation(), generator, shared=True
+            )
         for chunk in images.split(256):
             parts.append(model.encode(chunk.contiguous(memory_format=torch.channels_last)))
         views.append(torch.cat(parts))
@@ -169,9 +171,7 @@ def _encode_clip(model: Student, clip: Clip, generator: torch.Generator) -> _Fea
     return _Features(stacked, targets, clip.fps)
 
 
-def _batches(
-    stills: list[_Features], clips: list[_Features], seed: int
-) -> Iterator[tuple[Tensor, Tensor, Targets]]:
+def _batches(stills: list[_Features], clips: list[_Features], seed: int) -> Iterator[tuple[Tensor, Tensor, Targets]]:
     rng = np.random.default_rng(seed)
     sizes = np.array([f.views.shape[1] for f in stills])
     lengths = np.array([f.views.shape[1] for f in clips])

@@ -1,4 +1,4 @@
-"""Trains the shipped student: `affect-train-student --ferplus FILE --faces DIR --clips DIR --detector YUNET --output DIR`.
+"""Trains the shipped student (`affect-train-student --help` has the paths it wants).
 
 Two stages, because images carry the labels and clips carry the time:
 
@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from affect_export.models.checkpoint import save_student
 from affect_export.models.student import Student, StudentConfig
 from affect_export.recipes import data, labels, sequences
 from affect_export.recipes.augment import Augmentation, crop_batch, plain
+from affect_export.recipes.card import student_card
 from affect_export.recipes.targets import Targets, multi_task_loss
 from affect_quantize.training import TrainingConfig, train
 
@@ -61,7 +62,7 @@ class Recipe:
     batch_clips: int = 8
     learning_rate: float = 2e-3
     pseudo_from_epoch: int = 3
-    sequence_epochs: int = 12
+    sequence_epochs: int = 6
     seed: int = 0
 
 
@@ -101,7 +102,9 @@ def image_batches(sources: Sources, recipe: Recipe, config: StudentConfig, epoch
         parts += [(clip_faces[k], rng.integers(len(clip_faces[k]), size=1)) for k in clip_choice]
         colour = [torch.from_numpy(np.concatenate([f.images[i] for f, i in parts[2:]]))]
         fer = [torch.from_numpy(f.images[i]) for f, i in parts[:2]]
-        frames = [crop_batch(x, f.aligned, config, augmentation, generator) for x, (f, _) in zip(fer, parts, strict=False)]
+        frames = [
+            crop_batch(x, f.aligned, config, augmentation, generator) for x, (f, _) in zip(fer, parts, strict=False)
+        ]
         frames.append(crop_batch(colour[0], True, config, augmentation, generator))
         grey = None
         if epoch >= recipe.pseudo_from_epoch:
@@ -196,7 +199,7 @@ def _pearson(a: Any, b: Any) -> float:
 
 
 def build(sources: Sources, recipe: Recipe, config: StudentConfig, output: Path) -> dict[str, Any]:
-    """Both stages; leaves `student.safetensors` and `table.json` in `output` and returns the table."""
+    """Both stages; leaves `student.safetensors`, `MODEL_CARD.md` and `training.json` in `output` and returns the table."""
     torch.manual_seed(recipe.seed)
     model = Student(config)
     model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -206,7 +209,10 @@ def build(sources: Sources, recipe: Recipe, config: StudentConfig, output: Path)
         assert isinstance(candidate, Student)
         figures = score_ferplus(candidate, sources.fer[0])
         units = score_photographs(candidate, sources.photographs)
-        return figures | {"eye_r": units["eye_closure"], "au_r": float(np.mean([units[u] for u in config.action_units]))}
+        return figures | {
+            "eye_r": units["eye_closure"],
+            "au_r": float(np.mean([units[u] for u in config.action_units])),
+        }
 
     train(
         model,
@@ -225,10 +231,15 @@ def build(sources: Sources, recipe: Recipe, config: StudentConfig, output: Path)
             "ferplus_validation_as_published_after_8_steps": score_ferplus(model, sources.fer[0], repeats=8),
             "photographs_validation_pearson_r": score_photographs(model, sources.photographs),
             "clips_validation": time_figures,
+            "ferplus_training_faces": int((~sources.fer[0].validation).sum()),
+            "ferplus_validation_faces": int(sources.fer[0].validation.sum()),
             "parameters": sum(p.numel() for p in model.parameters()),
         }
     save_student(model, output / "student.safetensors", version=VERSION, trained=True)
-    (output / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    (output / "MODEL_CARD.md").write_text(student_card(VERSION, table))
+    stages = {stage: json.loads((output / stage / "history.json").read_text()) for stage in ("images", "sequences")}
+    report = {"table": table, "recipe": asdict(recipe), "history": stages}
+    (output / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     return table
 
 

@@ -76,9 +76,7 @@ def multi_task_loss(logits: dict[str, Tensor], targets: Targets) -> dict[str, Te
     concordance = torch.stack([ccc_loss(position[:, i], wanted[:, i], weight) for i in range(2)]).mean()
     shapes = targets.blendshape_weight
     units = F.binary_cross_entropy_with_logits(logits["action_units"], targets.action_units, reduction="none").mean(-1)
-    eyes = F.binary_cross_entropy_with_logits(
-        logits["eye_closure"].squeeze(-1), targets.eye_closure, reduction="none"
-    )
+    eyes = F.binary_cross_entropy_with_logits(logits["eye_closure"].squeeze(-1), targets.eye_closure, reduction="none")
     return {
         "expression": soft_cross_entropy(logits["expression"], targets.expression, targets.expression_weight),
         "valence_arousal": 0.3 * concordance + (squared * weight).sum() / weight.sum().clamp_min(1e-6),

@@ -21,4 +21,6 @@ def find_target(name: str) -> Target:
         return TARGETS[name]
     close = difflib.get_close_matches(name, TARGETS, n=3, cutoff=0.3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise InputError(f"unknown target {name!r}; {hint}known: {', '.join(sorted(TARGETS))} (affect-export --list-targets)")
+    raise InputError(
+        f"unknown target {name!r}; {hint}known: {', '.join(sorted(TARGETS))} (affect-export --list-targets)"
+    )

@@ -1,0 +1,187 @@
+"""The recipe's arithmetic on small made data; the real data is not needed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from affect_export.models.student import ACTION_UNITS, EXPRESSIONS, Student, StudentConfig
+from affect_export.recipes import data, labels, sequences, student
+from affect_export.recipes.augment import Augmentation, crop_batch, plain
+from affect_export.recipes.data import Faces
+from affect_export.recipes.targets import Targets, multi_task_loss
+from affect_runtimes.errors import AffectError, SourceError
+
+
+def votes(**counts: int) -> np.ndarray:
+    row = np.zeros((1, 10), np.uint8)
+    for name, count in counts.items():
+        row[0, [*EXPRESSIONS, "unknown", "not_a_face"].index(name)] = count
+    return row
+
+
+@pytest.mark.parametrize(
+    ("counts", "majority", "plurality"),
+    [
+        ({"happiness": 10}, 1, 1),
+        ({"happiness": 6, "neutral": 4}, 1, 1),
+        ({"happiness": 5, "neutral": 5}, -1, -1),  # no half, no unique top
+        ({"happiness": 4, "neutral": 3, "surprise": 3}, -1, 1),  # top without a majority
+        ({"happiness": 4, "neutral": 1, "surprise": 1, "fear": 1, "anger": 1}, 1, 1),  # single votes fall away
+        ({"unknown": 6, "happiness": 4}, -1, -1),
+        ({"unknown": 4, "happiness": 4, "fear": 2}, -1, -1),  # not above unknown
+    ],
+)
+def test_the_two_counting_rules(counts: dict[str, int], majority: int, plurality: int) -> None:
+    assert labels.majority_label(votes(**counts)).tolist() == [majority]
+    assert labels.plurality_label(votes(**counts)).tolist() == [plurality]
+
+
+def test_vote_distribution_and_the_proxy() -> None:
+    distribution, named = labels.vote_distribution(np.concatenate([votes(happiness=6, unknown=4), votes(unknown=10)]))
+    np.testing.assert_allclose(distribution, [[0, 1, 0, 0, 0, 0, 0, 0], [1 / 8] * 8])
+    np.testing.assert_allclose(named, [0.6, 0.0])
+    position = labels.valence_arousal(distribution, np.ones(2, np.float32))
+    np.testing.assert_allclose(position[0], labels.CIRCUMPLEX[1])
+    assert np.abs(labels.CIRCUMPLEX).max() <= 1
+
+
+def test_blendshapes_become_units() -> None:
+    names = [*labels._EXPRESSIVE, *data._needed_blendshapes()]
+    names = list(dict.fromkeys(names))
+    b = np.zeros((2, len(names)), np.float32)
+    for side in ("Left", "Right"):
+        b[0, names.index(f"mouthSmile{side}")] = 0.8
+        b[1, names.index(f"eyeBlink{side}")] = 0.9
+    units = dict(zip(ACTION_UNITS, labels.action_units(b, names).T, strict=True))
+    assert units["AU12"].tolist() == pytest.approx([0.8, 0.0])
+    assert units["AU6"].tolist() == pytest.approx([0.4, 0.0])
+    assert labels.eye_closure(b, names).tolist() == pytest.approx([0.0, 0.9])
+    assert labels.expressiveness(b, names).tolist() == pytest.approx([0.8, 0.0])
+
+
+def test_plain_crops_are_what_the_device_cuts() -> None:
+    from affect_runtimes.preprocess import align_face, normalise
+
+    rng = np.random.default_rng(0)
+    frame = np.repeat(np.repeat(rng.integers(0, 255, (12, 12, 3), np.uint8), 20, 0), 20, 1)
+    eyes = np.array([[95.0, 100.0], [145.0, 110.0]])
+    config = StudentConfig()
+    wide = align_face(frame, eyes, data.MARGIN_PX, data.MARGIN)
+    training = plain(torch.from_numpy(wide[None]), True, config).numpy()
+    device = normalise(align_face(frame, eyes)[None].astype(np.float32), config.mean, config.std)
+    assert np.abs(training - device).mean() < 0.02
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmented_crops_are_finite_and_reproducible(channels: int) -> None:
+    images = torch.randint(0, 255, (6, 48, 48, channels), dtype=torch.uint8)
+    config = StudentConfig.tiny()
+    runs = [crop_batch(images, False, config, Augmentation(), torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert runs[0].shape == (6, 3, 112, 112) and bool(torch.isfinite(runs[0]).all())
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def faces(n: int, *, voted: bool) -> Faces:
+    rng = np.random.default_rng(n)
+    distribution = rng.dirichlet(np.ones(8), n).astype(np.float32)
+    weight = np.full(n, float(voted), np.float32)
+    return Faces(
+        rng.integers(0, 255, (n, data.MARGIN_PX, data.MARGIN_PX, 3), np.uint8),
+        True,
+        distribution,
+        weight,
+        labels.valence_arousal(distribution, np.ones(n, np.float32)),
+        weight,
+        rng.random((n, len(ACTION_UNITS)), np.float32),
+        rng.random(n, np.float32),
+        np.ones(n, np.float32),
+        (rng.integers(0, 10, (n, 10)) if voted else np.zeros((0, 10))).astype(np.uint8),
+        np.arange(n) % 4 == 0,
+    )
+
+
+def test_targets_of_weight_zero_teach_nothing() -> None:
+    targets = Targets.of(faces(8, voted=False), np.arange(8))
+    logits = {"expression": (8, 8), "valence_arousal": (8, 2), "action_units": (8, 11), "eye_closure": (8, 1)}
+    tensors = {k: torch.randn(*s, requires_grad=True) for k, s in logits.items()}
+    terms = multi_task_loss(tensors, targets)
+    torch.stack(list(terms.values())).sum().backward()
+    gradient = tensors["expression"].grad
+    assert gradient is not None and float(gradient.abs().max()) == 0.0
+    units = tensors["action_units"].grad
+    assert units is not None and float(units.abs().max()) > 0.0
+    said = {"expression": torch.randn(6, 1, 8), "valence_arousal": torch.randn(6, 1, 2)}
+    taught = targets.with_pseudo(slice(2, None), said)
+    assert taught.expression_weight.tolist() == [0, 0] + [0.5] * 6
+    torch.testing.assert_close(taught.expression[2:], torch.softmax(said["expression"][:6, 0], -1))
+    torch.testing.assert_close(taught.valence_arousal[3], torch.tanh(said["valence_arousal"][1, 0]))
+    assert torch.equal(taught.expression[:2], targets.expression[:2])
+
+
+def test_smoothing_is_two_sided_and_skips_unusable_frames() -> None:
+    values = torch.zeros(21, 1)
+    values[10] = 1.0
+    ok = torch.ones(21, dtype=torch.bool)
+    smoothed = sequences.smooth(values, ok, 2.0)
+    torch.testing.assert_close(smoothed, smoothed.flip(0))
+    assert float(smoothed[10]) < 0.3
+    ok[10] = False
+    assert float(sequences.smooth(values, ok, 2.0).abs().max()) == 0.0
+
+
+def test_the_public_csv_layout_is_read(tmp_path: Path) -> None:
+    pixels = " ".join("7" for _ in range(48 * 48))
+    (tmp_path / "fer2013.csv").write_text(
+        "emotion,pixels,Usage\n" + "".join(f"0,{pixels},x\n" for _ in range(4)), encoding="ascii"
+    )
+    head = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF\n"
+    rows = ["Training,a.png,1,9,0,0,0,0,0,0,0,0", "PublicTest,b.png,10,0,0,0,0,0,0,0,0,0"]
+    rows += ["PrivateTest,c.png,10,0,0,0,0,0,0,0,0,0", "Training,,0,0,0,0,0,0,0,0,0,10"]
+    (tmp_path / "fer2013new.csv").write_text(head + "\n".join(rows) + "\n", encoding="ascii")
+    images, counts, validation, _, ok, _ = data._read_ferplus(tmp_path)
+    assert images.shape == (2, 48, 48) and images.dtype == np.uint8
+    assert counts.tolist() == [[1, 9, 0, 0, 0, 0, 0, 0, 0, 0], [10, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
+    assert validation.tolist() == [False, True] and not ok.any()
+
+
+def test_missing_data_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SourceError, match=r"fer2013\.csv"):
+        data._read_ferplus(tmp_path)
+    with pytest.raises(AffectError, match="YuNet"):
+        data.eye_finder(tmp_path / "yunet.onnx")
+    arguments = ["--ferplus", "--faces", "--clips", "--detector", "--output"]
+    code = student.main([part for name in arguments for part in (name, str(tmp_path / "nothing"))])
+    assert code == 1 and "fer2013" in capsys.readouterr().err
+
+
+def test_both_stages_run_end_to_end_and_leave_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random pictures: nothing is learned, everything is exercised."""
+    from affect_export.models.checkpoint import load_student
+
+    monkeypatch.setattr(sequences, "BATCHES", 2)
+    monkeypatch.setattr(sequences, "BATCH_STILLS", 4)
+    monkeypatch.setattr(sequences, "BATCH_CLIPS", 2)
+    rng = np.random.default_rng(0)
+    clips = [
+        data.Clip(
+            name,
+            rng.integers(0, 255, (40, data.MARGIN_PX, data.MARGIN_PX, 3), np.uint8),
+            rng.random((40, len(ACTION_UNITS)), np.float32),
+            rng.random(40, np.float32),
+            np.ones(40, bool),
+            30.0,
+        )
+        for name in ("talking.mp4", "jeelizWeboji.mp4")
+    ]
+    fer = faces(24, voted=True)
+    sources = student.Sources((fer, fer), faces(16, voted=False), clips)
+    recipe = student.Recipe(
+        epochs=2, batch_fer=8, batch_photographs=4, batch_clips=2, pseudo_from_epoch=1, sequence_epochs=1
+    )
+    table = student.build(sources, recipe, StudentConfig.tiny(), tmp_path)
+    loaded = load_student(tmp_path / "student.safetensors")
+    assert loaded.trained and isinstance(loaded.model, Student)
+    assert table["ferplus_validation_as_published"]["majority_count"] >= 0
+    assert table["clips_validation"]["clips"] == 1

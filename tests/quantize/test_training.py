@@ -1,0 +1,95 @@
+"""The training loop: learns, stops where it was told, goes on where it was stopped, and keeps the best."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from affect_quantize.training import TrainingConfig, ccc_loss, soft_cross_entropy, train
+from affect_runtimes.compare import ccc
+
+STEPS = 20
+
+
+def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(epoch)
+    for _ in range(STEPS):
+        x = torch.randn(16, 3, generator=g)
+        yield x, x @ torch.tensor([[1.0], [-2.0], [0.5]])
+
+
+def loss(model: nn.Module, averaged: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    assert not averaged.training
+    return {"squared": ((model(batch[0]) - batch[1]) ** 2).mean()}
+
+
+def evaluate(model: nn.Module) -> dict[str, float]:
+    x, y = next(batches(999))
+    return {"minus_error": -float(((model(x) - y) ** 2).mean())}
+
+
+def run(folder: Path, epochs: int) -> tuple[nn.Module, list[dict[str, float]]]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    config = TrainingConfig(epochs, STEPS, learning_rate=0.1, weight_decay=0.0, ema_decay=0.9)
+    return model, train(model, batches, loss, evaluate, "minus_error", config, folder)
+
+
+def test_it_learns_and_returns_the_best_weights(tmp_path: Path) -> None:
+    model, history = run(tmp_path, 6)
+    assert history[-1]["squared"] < 0.05 * history[0]["squared"]
+    assert evaluate(model)["minus_error"] == pytest.approx(max(row["minus_error"] for row in history))
+    assert (tmp_path / "history.json").is_file() and not (tmp_path / "last.part").exists()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    straight, _ = run(tmp_path / "a", 6)
+
+    class Stop(Exception):
+        pass
+
+    def stopping(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if epoch == 3:
+            raise Stop
+        yield from batches(epoch)
+
+    config = TrainingConfig(6, STEPS, learning_rate=0.1, weight_decay=0.0, ema_decay=0.9)
+    torch.manual_seed(0)
+    with pytest.raises(Stop):
+        train(nn.Linear(3, 1), stopping, loss, evaluate, "minus_error", config, tmp_path / "b")
+    resumed, history = run(tmp_path / "b", 6)
+    assert len(history) == 6
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_patience_stops_early(tmp_path: Path) -> None:
+    config = TrainingConfig(50, STEPS, patience=2)
+    history = train(nn.Linear(3, 1), batches, loss, lambda m: {"flat": 0.0}, "flat", config, tmp_path)
+    assert len(history) == 3
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    def broken(model: nn.Module, averaged: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"bad": model(batch[0]).sum() * float("nan")}
+
+    with pytest.raises(FloatingPointError, match="bad"):
+        train(nn.Linear(3, 1), batches, broken, evaluate, "minus_error", TrainingConfig(1, STEPS), tmp_path)
+
+
+def test_ccc_loss_is_one_minus_ccc_and_respects_weights() -> None:
+    g = torch.Generator().manual_seed(0)
+    p, t = torch.randn(50, generator=g), torch.randn(50, generator=g)
+    assert float(ccc_loss(p, t, torch.ones(50))) == pytest.approx(1 - ccc(p.numpy(), t.numpy()), abs=1e-5)
+    weight = torch.cat([torch.ones(30), torch.zeros(20)])
+    assert float(ccc_loss(p, t, weight)) == pytest.approx(1 - ccc(p[:30].numpy(), t[:30].numpy()), abs=1e-5)
+
+
+def test_soft_cross_entropy_leaves_out_weight_zero() -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
+    target = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    one = soft_cross_entropy(logits, target, torch.tensor([1.0, 0.0]))
+    assert float(one) == pytest.approx(float(torch.nn.functional.cross_entropy(logits[:1], torch.tensor([0]))))
+    assert float(soft_cross_entropy(logits, target, torch.zeros(2))) == 0.0

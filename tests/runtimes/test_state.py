@@ -1,0 +1,130 @@
+"""State is a value: exact to save, joined and split without a trace, refused where it does not belong."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from affect_runtimes.errors import InputError, StateError
+from affect_runtimes.model import BundleModel
+from affect_runtimes.state import State
+
+
+def run(
+    model: BundleModel, features: NDArray[np.float32], state: State
+) -> tuple[list[dict[str, NDArray[np.float32]]], State]:
+    outputs = []
+    for row in features:
+        out, state = model.step_features(row[None], state)
+        outputs.append(out)
+    return outputs, state
+
+
+def random_features(model: BundleModel, steps: int, seed: int) -> NDArray[np.float32]:
+    width = model.bundle.manifest.graph("encoder").outputs[0].shape[1]
+    assert isinstance(width, int)
+    return np.random.default_rng(seed).standard_normal((steps, width)).astype(np.float32)
+
+
+def assert_same(a: State, b: State) -> None:
+    assert a.model == b.model and a.axes == b.axes
+    for name in a.arrays:
+        np.testing.assert_array_equal(a.arrays[name], b.arrays[name])
+
+
+def test_saved_and_restored_continues_bit_for_bit(model: BundleModel) -> None:
+    features = random_features(model, 20, 0)
+    straight, end = run(model, features, model.initial_state())
+    _, middle = run(model, features[:9], model.initial_state())
+    resumed, end_again = run(model, features[9:], State.from_bytes(middle.to_bytes()))
+    for expected, found in zip(straight[9:], resumed, strict=True):
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name])
+    assert_same(end, end_again)
+
+
+def test_a_fresh_state_reproduces(model: BundleModel) -> None:
+    features = random_features(model, 8, 1)
+    first, _ = run(model, features, model.initial_state())
+    second, _ = run(model, features, model.initial_state())
+    for a, b in zip(first, second, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+@settings(max_examples=15, deadline=None)
+@given(order=st.lists(st.integers(0, 2), min_size=1, max_size=24), seed=st.integers(0, 99))
+def test_interleaved_streams_are_each_alone(order: list[int], seed: int, model: BundleModel) -> None:
+    features = [random_features(model, len(order), seed * 3 + i) for i in range(3)]
+    states, counts = [model.initial_state() for _ in range(3)], [0, 0, 0]
+    for stream in order:
+        _, states[stream] = run(model, features[stream][counts[stream] : counts[stream] + 1], states[stream])
+        counts[stream] += 1
+    for i in range(3):
+        _, alone = run(model, features[i][: counts[i]], model.initial_state())
+        assert_same(states[i], alone)
+
+
+def test_stack_and_split_are_inverse(model: BundleModel) -> None:
+    states = [run(model, random_features(model, i + 1, i), model.initial_state())[1] for i in range(3)]
+    joined = State.stack(states)
+    assert joined.batch == 3
+    for before, after in zip(states, joined.split(3), strict=True):
+        assert_same(before, after)
+    with pytest.raises(StateError, match="holds 3"):
+        joined.split(2)
+    with pytest.raises(StateError, match="none"):
+        State.stack([])
+
+
+def test_a_step_changes_neither_the_state_nor_shares_it(model: BundleModel) -> None:
+    state = model.initial_state()
+    before = {k: v.copy() for k, v in state.arrays.items()}
+    _, after = run(model, random_features(model, 1, 5), state)
+    for name, array in state.arrays.items():
+        np.testing.assert_array_equal(array, before[name])
+        assert not np.shares_memory(array, after.arrays[name])
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 1.0
+
+
+def test_a_state_of_another_model_is_refused_by_both_names(model: BundleModel) -> None:
+    own = model.initial_state()
+    foreign = State("f" * 64, {k: v.copy() for k, v in own.arrays.items()}, own.axes)
+    with pytest.raises(StateError, match=r"ffffffffffff.*initial_state"):
+        model.step_features(random_features(model, 1, 0), foreign)
+    with pytest.raises(StateError, match="cannot stack"):
+        State.stack([own, foreign])
+    with pytest.raises(StateError, match="found NoneType"):
+        model.step_features(random_features(model, 1, 0), None)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="expected float32"):
+        model.step_features(random_features(model, 2, 0), own)
+    wrong = State(own.model, {k: v.astype(np.float16) for k, v in own.arrays.items()}, own.axes)
+    with pytest.raises(StateError, match="float16"):
+        model.step_features(random_features(model, 1, 0), wrong)
+
+
+@pytest.mark.parametrize("dt", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_dt_that_is_no_time_is_refused(dt: float, model: BundleModel) -> None:
+    with pytest.raises(InputError, match="dt"):
+        model.step_features(random_features(model, 1, 0), model.initial_state(), dt)
+
+
+def test_damaged_bytes_are_refused(model: BundleModel) -> None:
+    data = model.initial_state().to_bytes()
+    for broken in (b"", b"hello", data[:-1], data[:40], data + b"x"):
+        with pytest.raises(StateError):
+            State.from_bytes(broken)
+    for position in range(0, len(data), 97):
+        changed = bytearray(data)
+        changed[position] ^= 0x10
+        with pytest.raises(StateError):
+            State.from_bytes(bytes(changed))
+
+
+def test_arrays_that_disagree_are_refused() -> None:
+    with pytest.raises(StateError, match="disagree"):
+        State("m", {"a": np.zeros((1, 2)), "b": np.zeros((2, 2))}, {"a": 0, "b": 0})
+    with pytest.raises(StateError, match="name different"):
+        State("m", {"a": np.zeros((1, 2))}, {"b": 0})
