@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from affect_edge import Affect, Recognizer
 from numpy.typing import NDArray
 
 from affect_demos._output import MADE_BY
+from affect_edge import Affect, Recognizer
 
-__all__ = ["PURPOSE", "STAGES", "FrameRecord", "cpu_name", "print_summary", "summarise", "write_csv", "write_json", "write_plot"]
+__all__ = [
+    "PURPOSE",
+    "STAGES",
+    "FrameRecord",
+    "cpu_name",
+    "print_summary",
+    "summarise",
+    "write_csv",
+    "write_json",
+    "write_plot",
+]
 
 PURPOSE = (
-    "For driver safety: signs of drowsiness or distress, read on the device; nothing is sent or kept elsewhere. "
+    "Meant for driver safety: signs of drowsiness or distress. Everything stays on this device. "
     "The outputs are not a feeling, a diagnosis, or evidence."
 )
 STAGES = ("detect", "encode", "step", "total")
@@ -63,11 +73,9 @@ def write_csv(path: Path, records: Sequence[FrameRecord]) -> None:
                 box = [_text(side, 2) for side in a.box or (None,) * 4]
                 probabilities = [_text((a.expression_probabilities or {}).get(label)) for label in labels]
                 actions = [_text((a.action_units or {}).get(unit)) for unit in units]
-                table.writerow(
-                    [record.index, _text(record.timestamp_s, 6), a.track_id, *box]
-                    + [_text(a.valence), _text(a.arousal), a.expression or "", *probabilities, *actions]
-                    + [_text(a.eye_closure), int(a.held), *times]
-                )
+                judged = [_text(a.valence), _text(a.arousal), a.expression or "", *probabilities, *actions]
+                where = [record.index, _text(record.timestamp_s, 6), a.track_id, *box]
+                table.writerow([*where, *judged, _text(a.eye_closure), int(a.held), *times])
 
 
 def _text(value: float | None, digits: int = 5) -> str:
@@ -143,7 +151,7 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
     rows.append(("bundle", f"{bundle['model']} for {bundle['target']}, {size}"))
     if not bundle["trained"]:
         rows.append(("weights", "RANDOM, never trained: the outputs mean nothing"))
-    rows += [("parity", line) for line in _parity_lines(summary["parity"])]
+    rows += [("" if i else "parity", line) for i, line in enumerate(_parity_lines(summary["parity"]))]
     machine = summary["machine"]
     rows.append(("machine", f"{machine['cpu']}, {machine['threads']} of {machine['cores']} threads"))
     for name, value in rows:

@@ -27,7 +27,7 @@ def loss(model: nn.Module, averaged: nn.Module, batch: tuple[Tensor, Tensor]) ->
 
 def evaluate(model: nn.Module) -> dict[str, float]:
     x, y = next(batches(999))
-    return {"minus_error": -float(((model(x) - y) ** 2).mean())}
+    return {"minus_error": -float(((model(x) - y) ** 2).mean().detach())}
 
 
 def run(folder: Path, epochs: int) -> tuple[nn.Module, list[dict[str, float]]]:

@@ -25,9 +25,12 @@ medical or safety reasons (AI Act, article 5(1)(f)).
 | output | range | taught by |
 |---|---|---|
 | expression (8, FER+ order) | probabilities | FER+: ten people's votes for a face, as a distribution |
-| valence, arousal | [-1, 1] | **a proxy**: no human rated them. Mean circumplex position of the voted expressions (Russell and Mehrabian 1977), scaled by how much the face moves |
-| action units 1, 2, 4, 6, 7, 10, 12, 15, 24, 25, 26 | [0, 1] | MediaPipe blendshapes, a model's opinion. AU6 is the mean of smile and squint |
+| valence, arousal | [-1, 1] | **a proxy**, explained below |
+| AU 1, 2, 4, 6, 7, 10, 12, 15, 24, 25, 26 | [0, 1] | MediaPipe blendshapes, a model's opinion |
 | eye closure | [0, 1] | MediaPipe blink coefficients |
+
+Valence and arousal are a proxy because no human rated them: the target is the mean circumplex position (Russell and
+Mehrabian 1977) of the voted expressions, scaled by how much the face moves. AU6 is the mean of smile and squint.
 
 AU23 is not an output: nothing at hand teaches it. Against an independent estimator the teacher itself is weak on AU15
 and AU4, fair on AU1, AU7 and AU10, and good on AU2, AU12 and AU25 (data notes of the project).

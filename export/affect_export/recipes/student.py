@@ -199,7 +199,7 @@ def _pearson(a: Any, b: Any) -> float:
 
 
 def build(sources: Sources, recipe: Recipe, config: StudentConfig, output: Path) -> dict[str, Any]:
-    """Both stages; leaves `student.safetensors`, `MODEL_CARD.md` and `training.json` in `output` and returns the table."""
+    """Both stages; leaves student.safetensors, MODEL_CARD.md and training.json in `output`, and returns the table."""
     torch.manual_seed(recipe.seed)
     model = Student(config)
     model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
