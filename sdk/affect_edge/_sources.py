@@ -50,7 +50,8 @@ class VideoSource:
             last, index = now, index + 1
             more, read = self._capture.read()
             frame = read if more else None
-        if self.frame_count is not None and index < self.frame_count:
+        # Containers without a count give one from duration and rate, which may be one too many.
+        if self.frame_count is not None and index < self.frame_count - 1:
             _log.warning(
                 "%s: ended after %d of %d frames; the file may be cut short", self.name, index, self.frame_count
             )

@@ -42,7 +42,7 @@ def test_rgb_is_the_order_that_finds_faces(detector: MtcnnDetector, carphone: Fr
 
 
 def test_a_mirrored_frame_gives_mirrored_landmarks(detector: MtcnnDetector, carphone: Frames) -> None:
-    """Holds off a pooling padded on the wrong side, which moves all landmarks by 6 % of the distance between the eyes."""
+    """Poolings padded on the wrong side moved all landmarks by 6 % of the distance between the eyes."""
     offsets, distances = [], []
     for frame in carphone[::6]:
         points = detector.detect(frame)[0].landmarks
