@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from affect_edge._recognizer import SHIPPED as SHIPPED_BUNDLE
+from affect_edge import Recognizer
 from affect_export.models.checkpoint import load_student
 from affect_export.parity_data import carphone_crops
 from affect_runtimes.model import BundleModel
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=300)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
-    bundle, student = BundleModel(SHIPPED_BUNDLE), load_student().model
+    bundle, student = BundleModel(Recognizer().bundle), load_student().model
     print(f"{cpu_name()}, {platform.system()}, Python {platform.python_version()}, 1 thread, {repeats} repeats")
     frames = bundle.normalise(carphone_crops()[:1].astype(np.float32))
     features, tensor = bundle.encode(frames), torch.from_numpy(frames)

@@ -50,8 +50,8 @@ def test_scan_is_the_recurrence() -> None:
     a, b, c = -rng.uniform(0.1, 4, (3, 5)), rng.standard_normal((2, 7, 5)), rng.standard_normal((2, 7, 5))
     skip, state = rng.standard_normal(3), rng.standard_normal((2, 3, 5))
     arguments = (x, delta, a, b, c, skip, state)
-    tx, td, ta, tb, tc, tskip, tstate = (torch.from_numpy(v) for v in arguments)
-    y, last = selective_scan(tx, td, ta, tb, tc, tskip, tstate)
+    tensors = [torch.from_numpy(v) for v in arguments]
+    y, last = selective_scan(*tensors)
     expected_y, expected_last = scan_reference(*arguments)
     np.testing.assert_allclose(y.numpy(), expected_y, atol=1e-12)
     np.testing.assert_allclose(last.numpy(), expected_last, atol=1e-12)
@@ -63,9 +63,9 @@ def test_kernel_path_adds_the_carried_state() -> None:
 
     def kernel(x, delta, a, b, c, skip, delta_softplus, return_last_state):  # type: ignore[no-untyped-def]
         assert not delta_softplus and return_last_state
-        parts = [v.transpose(1, 2) for v in (x, delta)]
         zero = x.new_zeros(x.shape[0], x.shape[1], a.shape[1])
-        y, last = selective_scan(*parts, a, b.transpose(1, 2), c.transpose(1, 2), skip, zero)
+        x, delta, b, c = (v.transpose(1, 2) for v in (x, delta, b, c))
+        y, last = selective_scan(x, delta, a, b, c, skip, zero)
         return y.transpose(1, 2), last
 
     g = torch.Generator().manual_seed(0)

@@ -40,7 +40,8 @@ def test_the_two_counting_rules(counts: dict[str, int], majority: int, plurality
 
 def test_vote_distribution_and_the_proxy() -> None:
     distribution, named = labels.vote_distribution(np.concatenate([votes(happiness=6, unknown=4), votes(unknown=10)]))
-    np.testing.assert_allclose(distribution, [[0, 1, 0, 0, 0, 0, 0, 0], [1 / 8] * 8])
+    expected = np.stack([np.eye(8)[1], np.full(8, 1 / 8)])
+    np.testing.assert_allclose(distribution, expected)
     np.testing.assert_allclose(named, [0.6, 0.0])
     position = labels.valence_arousal(distribution, np.ones(2, np.float32))
     np.testing.assert_allclose(position[0], labels.CIRCUMPLEX[1])
