@@ -98,7 +98,8 @@ def faces(n: int, *, voted: bool) -> Faces:
         rng.random((n, len(ACTION_UNITS)), np.float32),
         rng.random(n, np.float32),
         np.ones(n, np.float32),
-        (rng.integers(0, 10, (n, 10)) if voted else np.zeros((0, 10))).astype(np.uint8),
+        # Clear votes: every face counts under both rules.
+        (8 * np.eye(10)[rng.integers(0, 8, n)] + 1 if voted else np.zeros((0, 10))).astype(np.uint8),
         np.arange(n) % 4 == 0,
     )
 
@@ -184,5 +185,6 @@ def test_both_stages_run_end_to_end_and_leave_a_checkpoint(tmp_path: Path, monke
     table = student.build(sources, recipe, StudentConfig.tiny(), tmp_path)
     loaded = load_student(tmp_path / "student.safetensors")
     assert loaded.trained and isinstance(loaded.model, Student)
-    assert table["ferplus_validation_as_published"]["majority_count"] >= 0
+    assert table["ferplus_validation_as_published"]["majority_count"] == int(fer.validation.sum())
+    assert "# Student" in (tmp_path / "MODEL_CARD.md").read_text()
     assert table["clips_validation"]["clips"] == 1

@@ -62,7 +62,7 @@ class Recipe:
     batch_clips: int = 8
     learning_rate: float = 2e-3
     pseudo_from_epoch: int = 3
-    sequence_epochs: int = 6
+    sequence_epochs: int = 24
     seed: int = 0
 
 
