@@ -1,4 +1,4 @@
-"""`affect-export`: float checkpoint in, verified bundle out.
+"""The workstation's commands; above all `affect-export`: float checkpoint in, verified bundle out.
 
 Exit codes: 0 done, 1 refused (parity, integrity, missing library), 2 usage.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from affect_export.export import ExportResult
 
-__all__ = ["main"]
+__all__ = ["main", "train_student_main"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +73,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def train_student_main(argv: list[str] | None = None) -> int:
+    """Command line of `affect-train-student`; see `affect_export.recipes.student`."""
+    from affect_runtimes.errors import AffectError
+
+    try:
+        _require("torch", "safetensors")
+    except AffectError as error:
+        print(f"affect-train-student: {error}", file=sys.stderr)
+        return 1
+    from affect_export.recipes.student import main as train_student
+
+    return train_student(argv)
+
+
 def _require(*modules: str) -> None:
     import importlib.util
 
@@ -80,7 +94,7 @@ def _require(*modules: str) -> None:
 
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingDependencyError(f"exporting needs {', '.join(missing)}: pip install 'affect-edge[export]'")
+        raise MissingDependencyError(f"this command needs {', '.join(missing)}: pip install 'affect-edge[export]'")
 
 
 def _print_result(result: "ExportResult") -> None:

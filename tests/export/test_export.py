@@ -1,6 +1,8 @@
 """What `affect-export` writes, what it refuses, and what is left behind afterwards (nothing)."""
 
+import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +165,22 @@ def test_exit_codes(
     said = capsys.readouterr()
     assert words in said.out + said.err
     assert (other / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(cli.main, ["--target", "cpu"]), (cli.train_student_main, ["--help"])],
+)
+def test_without_torch_a_command_says_the_pip_line(
+    command: Callable[[list[str]], int],
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    assert command(arguments) == 1
+    assert "needs torch: pip install 'affect-edge[export]'" in capsys.readouterr().err
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:

@@ -46,15 +46,16 @@ and AU4, fair on AU1, AU7 and AU10, and good on AU2, AU12 and AU25 (data notes o
 
 ## Measured, by the training script, on data that was not trained on
 
-FER+ public test split (validation; the best epoch was chosen by the majority figure, so it is slightly optimistic), one
+FER+ public test split (validation; the epochs kept were chosen by these figures, so they are slightly optimistic), one
 step from the initial state:
 
 | faces | majority rule | plurality rule | valence proxy CCC | arousal proxy CCC |
 |---|---|---|---|---|
 {ferplus}
 
-Counts: {majority_count} faces under the majority rule, {plurality_count} under the plurality rule. Rules: majority sets
-single votes to 0 and wants more than half of the rest for one of the eight; plurality wants a unique top vote.
+Counts: {majority_count} faces under the majority rule, {plurality_count} under the plurality rule. Majority: single
+votes are set to 0, and one of the eight must hold more than half of the rest. Plurality: one of the eight must have more
+votes than every other class.
 
 Photographs of {photograph_count} unseen faces, Pearson r against MediaPipe's blendshapes: {units}.
 
@@ -66,6 +67,8 @@ frame-wise model's.
 ## Limits
 
 - Trained on frontal, mostly posed web photographs; contempt, disgust and fear are rare in them and poorly recognised.
+- The eyes of the training faces were found by other means than the device's detector (YuNet, and MediaPipe on the
+  photographs). YuNet follows a tilted head less far; random rotation in training covers part of that.
 - Faces turned far aside are cut badly by an alignment that knows only the eyes.
 - Accuracy by age, sex or skin colour has **not** been measured. FER2013 and the photographs are web images of people
   who were not asked.

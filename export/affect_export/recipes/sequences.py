@@ -99,8 +99,10 @@ def build(
 
         assert isinstance(candidate, Student)
         figures = score_ferplus(candidate, fer[0]) | _score_clips(candidate, validation)
-        # One figure to choose by: the first step's accuracy and the following of the smoothed word.
-        return figures | {"monitor": figures["majority"] + 0.25 * figures["valence_ccc"]}
+        # One figure to choose by: the first step's accuracy, the following of the smoothed word, and steadiness.
+        following = (figures["valence_ccc"] + figures["arousal_ccc"]) / 2
+        monitor = figures["majority"] + 0.25 * following - 0.1 * figures["valence_tremble"]
+        return figures | {"monitor": monitor}
 
     train(
         model,

@@ -62,7 +62,7 @@ class Recipe:
     batch_clips: int = 8
     learning_rate: float = 2e-3
     pseudo_from_epoch: int = 3
-    sequence_epochs: int = 24
+    sequence_epochs: int = 12
     seed: int = 0
 
 
@@ -272,7 +272,3 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(json.dumps(table, indent=1))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
