@@ -1,5 +1,7 @@
 """The recipe's arithmetic on small made data; the real data is not needed."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +190,12 @@ def test_both_stages_run_end_to_end_and_leave_a_checkpoint(tmp_path: Path, monke
     assert table["ferplus_validation_as_published"]["majority_count"] == int(fer.validation.sum())
     assert "# Student" in (tmp_path / "MODEL_CARD.md").read_text()
     assert table["clips_validation"]["clips"] == 1
+
+
+def test_the_shipped_card_says_what_training_measured() -> None:
+    from affect_export.models.checkpoint import SHIPPED
+    from affect_export.recipes.card import student_card
+
+    record = json.loads(SHIPPED.with_name("training.json").read_text())
+    assert SHIPPED.with_name("MODEL_CARD.md").read_text() == student_card(student.VERSION, record["table"])
+    assert record["recipe"] == asdict(student.Recipe())  # the weights were made by the recipe as it stands

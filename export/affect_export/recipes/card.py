@@ -54,8 +54,8 @@ step from the initial state:
 {ferplus}
 
 Counts: {majority_count} faces under the majority rule, {plurality_count} under the plurality rule. Majority: single
-votes are set to 0, and one of the eight must hold more than half of the rest. Plurality: one of the eight must have more
-votes than every other class.
+votes are set to 0, and one of the eight must hold more than half of the rest. Plurality: one of the eight must have
+more votes than every other class.
 
 Photographs of {photograph_count} unseen faces, Pearson r against MediaPipe's blendshapes: {units}.
 
