@@ -14,7 +14,15 @@ from affect_quantize.gate import Trajectory, join_trajectories
 from affect_runtimes.manifest import Tensor
 from affect_runtimes.model import BundleModel
 
-__all__ = ["OUTPUT_KINDS", "describe_outputs", "graph_sources", "run_bundle", "run_step_form", "state_tensors"]
+__all__ = [
+    "OUTPUT_KINDS",
+    "describe_outputs",
+    "graph_sources",
+    "run_bundle",
+    "run_sequence_form",
+    "run_step_form",
+    "state_tensors",
+]
 
 Array = NDArray[Any]
 

@@ -13,6 +13,7 @@ from affect_runtimes.errors import BundleError, InputError
 from affect_runtimes.model import BundleModel
 from affect_runtimes.preprocess import check_crop
 from affect_runtimes.state import State
+from affect_runtimes.verify import replay_elsewhere
 
 if TYPE_CHECKING:
     from affect_edge._faces import FaceDetector
@@ -28,6 +29,9 @@ SHIPPED = Path(__file__).parent / "bundles" / "student-cpu"
 class Recognizer:
     """A verified bundle, opened. Immutable and thread-safe: one serves many streams, each of which owns its state.
 
+    A bundle that was verified on another kind of machine, or with another version of its engine, first replays the
+    float model's recorded steps here (a fraction of a second) and is refused outside its bounds.
+
     Args:
         bundle: folder that affect-export wrote; None is the shipped student.
         threads: for each engine; a model this small is fastest on one.
@@ -36,6 +40,7 @@ class Recognizer:
         BundleError: no bundle there, or one that this release cannot run.
         IntegrityError: a file of it is missing or was changed; the message names the file.
         MissingDependencyError: the bundle's engine is not installed.
+        ParityError: on this machine the engine is not the exported model.
 
     Example:
         >>> import numpy as np
@@ -54,6 +59,7 @@ class Recognizer:
                 "affect-export --target cpu --output DIR and open it with Recognizer(DIR)"
             )
         self._model = BundleModel(SHIPPED if bundle is None else bundle, threads)
+        replay_elsewhere(self._model)
 
     @property
     def bundle(self) -> Bundle:

@@ -51,8 +51,7 @@ def test_vote_distribution_and_the_proxy() -> None:
 
 
 def test_blendshapes_become_units() -> None:
-    names = [*labels._EXPRESSIVE, *data._needed_blendshapes()]
-    names = list(dict.fromkeys(names))
+    names = list(dict.fromkeys([*labels.EXPRESSIVE, *data._needed_blendshapes()]))
     b = np.zeros((2, len(names)), np.float32)
     for side in ("Left", "Right"):
         b[0, names.index(f"mouthSmile{side}")] = 0.8

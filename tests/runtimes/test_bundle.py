@@ -1,6 +1,8 @@
 """Every byte of a bundle matters, and each refusal names its file."""
 
+import importlib.metadata
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from affect_edge import Recognizer
 from affect_edge.cli import verify_main
 from affect_runtimes.base import open_engine
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import AffectError, BundleError, InputError, IntegrityError, ParityError
 from affect_runtimes.manifest import to_text
 from affect_runtimes.model import BundleModel
-from affect_runtimes.verify import replay
+from affect_runtimes.verify import replay, replay_elsewhere
 
 FILES = ("manifest.json", "encoder.onnx", "step.onnx", "verify.npz", "parity.json", "MODEL_CARD.md")
 
@@ -134,6 +137,28 @@ def test_replay_accepts_the_engine_and_refuses_another_model(bundle_folder: Path
     rewrite(bundle_folder, _set("inputs", 0, "mean", value=[0.4, 0.5, 0.5]))
     with pytest.raises(ParityError, match="max_abs"):
         replay(BundleModel(bundle_folder))
+
+
+@pytest.mark.parametrize("elsewhere", ["machine", "engine", "package"])
+def test_loading_elsewhere_replays_and_refuses(
+    elsewhere: str, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert replay_elsewhere(BundleModel(bundle_folder)) is False
+    if elsewhere == "machine":
+        monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    elif elsewhere == "engine":
+        rewrite(bundle_folder, _set("target", "made_with", "onnxruntime", value="0.0.1"))
+    else:
+
+        def missing(name: str) -> str:
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert replay_elsewhere(BundleModel(bundle_folder)) is True
+    Recognizer(bundle_folder)
+    rewrite(bundle_folder, _set("inputs", 0, "mean", value=[0.4, 0.5, 0.5]))
+    with pytest.raises(ParityError, match="not the exported model"):
+        Recognizer(bundle_folder)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from affect_export.models.student import EXPRESSIONS
 from affect_export.recipes import labels
 from affect_runtimes.errors import AffectError, SourceError
-from affect_runtimes.preprocess import align_face
+from affect_runtimes.preprocess import LEFT_EYE, RIGHT_EYE, align_face
 
 __all__ = ["MARGIN", "MARGIN_PX", "Clip", "Faces", "eye_finder", "load_clips", "load_ferplus", "load_photographs"]
 
@@ -127,7 +127,7 @@ def _read_ferplus(path: Path) -> tuple[Any, ...]:
             pictures.append(np.array(face["pixels"].split(), np.uint8).reshape(48, 48))
             votes_list.append([int(v) for v in list(label.values())[2:12]])
             validation_list.append(label["Usage"] == "PublicTest")
-    names = [*labels._EXPRESSIVE, *_needed_blendshapes()]
+    names = list(dict.fromkeys([*labels.EXPRESSIVE, *_needed_blendshapes()]))
     empty = np.zeros((len(pictures), len(names)), np.float32)
     return (
         np.stack(pictures),
@@ -149,7 +149,8 @@ def _align_ferplus(images: NDArray[np.uint8], detector: Path) -> NDArray[np.uint
 
     find = eye_finder(detector)
     crops = np.empty((len(images), MARGIN_PX, MARGIN_PX), np.uint8)
-    whole = np.array([[0.305, 0.38], [0.695, 0.38]]) * 144 + 24
+    # Where the eyes of a face that is only enlarged count as being.
+    whole = np.array([LEFT_EYE, RIGHT_EYE]) * 144 - 0.5 + 24
     missed = 0
     for i, image in enumerate(images):
         # YuNet wants some background round a face: three times enlarged with the edge repeated.

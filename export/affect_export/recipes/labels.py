@@ -14,6 +14,7 @@ from affect_export.models.student import ACTION_UNITS
 
 __all__ = [
     "CIRCUMPLEX",
+    "EXPRESSIVE",
     "action_units",
     "expressiveness",
     "eye_closure",
@@ -43,7 +44,7 @@ CIRCUMPLEX = np.array(
 )
 
 # Blendshapes that move with expression rather than with gaze or speech alone.
-_EXPRESSIVE = (
+EXPRESSIVE = (
     "browDownLeft",
     "browInnerUp",
     "browOuterUpLeft",
@@ -94,7 +95,7 @@ def plurality_label(votes: NDArray[Any]) -> NDArray[np.int64]:
 
 def expressiveness(blendshapes: NDArray[Any], names: Sequence[str]) -> Float:
     """How much the face moves, in [0, 1]: 1 minus the product of (1 - coefficient) over the expressive blendshapes."""
-    columns = [list(names).index(n) for n in _EXPRESSIVE]
+    columns = [list(names).index(n) for n in EXPRESSIVE]
     still = np.prod(1 - np.clip(blendshapes[:, columns].astype(np.float32), 0, 1), axis=1)
     return np.asarray(1 - still, np.float32)
 
