@@ -9,13 +9,15 @@ from numpy.typing import NDArray
 
 from affect_edge._affect import Affect, make_affect
 from affect_edge._faces import FaceDetector, MtcnnDetector
-from affect_edge._tracking import FaceTracker, TrackerSettings
+from affect_edge._tracking import FaceTracker, TrackedFace, TrackerSettings
 from affect_runtimes.errors import InputError
 from affect_runtimes.model import BundleModel
 from affect_runtimes.preprocess import align_face, check_frame
 from affect_runtimes.state import State
 
 __all__ = ["Stream"]
+
+_LEAST_EYES_PX = 4.0
 
 
 class Stream:
@@ -46,7 +48,8 @@ class Stream:
             timestamp_s: when it was taken, in seconds on any clock that only goes forward.
 
         Returns:
-            One result a face, in the order of track_id; empty when there is no face.
+            One result a face, in the order of track_id; empty when there is no face, or none that can be read (turned
+            so far aside that the eyes fall together).
 
         Raises:
             InputError: a frame of another dtype or shape, or a time that is not finite or not later than the last.
@@ -55,7 +58,7 @@ class Stream:
         picture = check_frame(frame)
         now = self._check_time(timestamp_s)
         started = time.perf_counter()
-        faces = sorted(self._tracker.update(picture, now), key=lambda f: f.track_id)
+        faces = sorted(filter(_readable, self._tracker.update(picture, now)), key=lambda f: f.track_id)
         manifest = self._model.bundle.manifest
         crops = [align_face(picture, face.landmarks[:2], manifest.image_px) for face in faces]
         self._last_s = now
@@ -112,3 +115,8 @@ class Stream:
 
     def _forget(self, now: float) -> None:
         self._tracks = {k: v for k, v in self._tracks.items() if now - v[1] <= self._max_gap_s}
+
+
+def _readable(face: TrackedFace) -> bool:
+    """Whether the eyes are far enough apart to align by: a profile has no such crop, and gets no made-up result."""
+    return float(np.hypot(*(face.landmarks[1] - face.landmarks[0]))) >= _LEAST_EYES_PX

@@ -18,7 +18,7 @@ from affect_export.models.student import Student, StudentConfig
 from affect_export.parity_data import parity_sequences, random_sequence
 from affect_runtimes.model import BundleModel
 
-# fp32 over a hundred steps; the issue of record is 1e-4, the float forms themselves agree far better.
+# fp32 over a hundred steps: the float forms differ only by the order of sums, the engine also by fused operators.
 STEP_TOLERANCE = 1e-5
 EXPORT_TOLERANCE = 1e-4
 

@@ -126,6 +126,15 @@ def test_no_face_no_result(recognizer: Recognizer, picture: Frame) -> None:
         assert set(stream.timings) == {"detect"}
 
 
+def test_a_profile_whose_eyes_fall_together_gives_no_result(recognizer: Recognizer, picture: Frame) -> None:
+    class Profile:
+        def detect(self, frame: Frame) -> list[Face]:
+            return [Face((100.0, 80.0, 100.0, 120.0), np.full((5, 2), 150, np.float32), 0.99)]
+
+    stream = recognizer.stream(detector=Profile())
+    assert [stream.step(picture, t / 30) for t in range(3)] == [[], [], []]
+
+
 def test_a_stream_is_the_pure_step_with_dt_from_the_clock(recognizer: Recognizer, picture: Frame) -> None:
     from affect_runtimes.preprocess import align_face
 
