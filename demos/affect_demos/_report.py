@@ -145,7 +145,7 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
         rows.append((names[stage], value + (f"  ({times['frames']} frames)" if 0 < times["frames"] < frames else "")))
     factor = summary["real_time_factor"]
     if factor:
-        rows.append(("real-time factor", f"{factor:.3f} ({1 / factor:.1f} times faster than real time)"))
+        rows.append(("real-time factor", f"{factor:.3f} of the video's duration"))
     bundle = summary["bundle"]
     size = f"{bundle['size_bytes'] / 1e6:.2f} MB"
     rows.append(("bundle", f"{bundle['model']} for {bundle['target']}, {size}"))
