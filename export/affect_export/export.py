@@ -21,9 +21,9 @@ from affect_export import graphs
 from affect_export.models.checkpoint import Checkpoint
 from affect_export.parity_data import NAME, carphone_crops, parity_sequences
 from affect_export.targets import Target
-from affect_quantize.gate import GateReport, ParitySequence, check_parity
+from affect_quantize.gate import GateReport, check_parity
 from affect_runtimes.bundle import Bundle
-from affect_runtimes.compare import Bound, compare_outputs
+from affect_runtimes.compare import Bound
 from affect_runtimes.errors import AffectError, InputError, ParityError
 from affect_runtimes.manifest import SCHEMA, to_text
 from affect_runtimes.model import BundleModel
@@ -58,7 +58,6 @@ def tighten(bounds: Sequence[Bound], max_drop: float | None) -> tuple[Bound, ...
     floor, result = 1.0 - max_drop, []
     for bound in bounds:
         if bound.metric in ("ccc", "agreement"):
-            # An agreement of 1.0 cannot be tightened; asking for less of it is simply already met.
             bound = replace(bound, limit=max(bound.limit, floor))
         result.append(bound)
     if all(b.limit > floor for b in result if b.metric in ("ccc", "agreement")):
@@ -226,8 +225,8 @@ def _write(checkpoint: Checkpoint, target: Target, bounds: Sequence[Bound], fold
         sequences,
         graphs.OUTPUT_KINDS,
         bounds,
+        lambda frames, dt: graphs.run_sequence_form(model, frames, dt),
     )
-    report = GateReport({**report.comparisons, **_sequence_form(checkpoint, sequences, bounds)})
     figures = [f.to_json() for f in report.comparisons[NAME]]
     manifest["parity"]["figures"] = figures
     _finish(
@@ -247,28 +246,12 @@ def _write(checkpoint: Checkpoint, target: Target, bounds: Sequence[Bound], fold
     return report
 
 
-def _sequence_form(
-    checkpoint: Checkpoint, sequences: Sequence[ParitySequence], bounds: Sequence[Bound]
-) -> dict[str, Any]:
-    """The float model against itself: whole sequence at once against step by step."""
-    comparisons = {}
-    for s in sequences:
-        whole, _ = graphs.run_sequence_form(checkpoint.model, s.frames, s.dt)
-        steps, _ = graphs.run_step_form(checkpoint.model, s.frames, s.dt)
-        comparisons[f"{s.name}: float sequence form against step form"] = compare_outputs(
-            whole, steps, graphs.OUTPUT_KINDS, bounds
-        )
-    return comparisons
-
-
 def _verification(checkpoint: Checkpoint) -> bytes:
     """verify.npz: crops, dt, and what the float model makes of them, step by step."""
     config = checkpoint.model.config
     crops = carphone_crops(config.image_px)[:VERIFY_STEPS]
-    dt = np.ones(VERIFY_STEPS, np.float32)
-    dt[VERIFY_STEPS * 3 // 4 :] = np.linspace(
-        0.5, 3.0, VERIFY_STEPS - VERIFY_STEPS * 3 // 4
-    )  # the last quarter is uneven
+    even = VERIFY_STEPS * 3 // 4  # the rest has uneven times
+    dt = np.concatenate([np.ones(even), np.linspace(0.5, 3.0, VERIFY_STEPS - even)]).astype(np.float32)
     frames = normalise(crops.astype(np.float32), config.mean, config.std)
     outputs, states = graphs.run_step_form(checkpoint.model, frames[:, None], dt[:, None])
     arrays: dict[str, NDArray[Any]] = {"crops": crops, "dt": dt}

@@ -62,11 +62,13 @@ def check_parity(
     sequences: Iterable[ParitySequence],
     kinds: Mapping[str, str],
     bounds: Sequence[Bound],
+    sequence_form: Runner,
 ) -> GateReport:
     """Runs both sides over every sequence and measures.
 
     For each sequence: the artefact's outputs and final states against the reference's, and, where several streams ran
-    side by side, each of them run alone by the artefact against its share of the batch.
+    side by side, each of them run alone by the artefact against its share of the batch. And the reference against
+    itself: the whole sequence at once against step by step.
 
     Args:
         reference: the float model.
@@ -74,6 +76,7 @@ def check_parity(
         sequences: inputs.
         kinds: output name -> kind, see `affect_runtimes.compare.compare_outputs`; states are added as "state.NAME".
         bounds: what must hold.
+        sequence_form: the float model over a whole sequence at once.
     """
     comparisons: dict[str, Sequence[Figure]] = {}
     for sequence in sequences:
@@ -90,6 +93,10 @@ def check_parity(
             comparisons[f"{sequence.name}: side by side against alone"] = compare_outputs(
                 apart, together, kinds, bounds
             )
+        whole, _ = sequence_form(sequence.frames, sequence.dt)
+        comparisons[f"{sequence.name}: float sequence form against step form"] = compare_outputs(
+            whole, expected, kinds, bounds
+        )
     return GateReport(comparisons)
 
 

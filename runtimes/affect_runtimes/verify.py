@@ -1,6 +1,5 @@
 """Replaying verify.npz: is this engine, on this machine, still the float model?"""
 
-import importlib.metadata
 import io
 import platform
 import zipfile
@@ -66,6 +65,9 @@ def replay_elsewhere(model: BundleModel) -> bool:
     Raises:
         BundleError, ParityError: see `replay`.
     """
+    # Slow to import, and wanted only here: not at the start of every `import affect_edge`.
+    import importlib.metadata
+
     target, machine = model.bundle.manifest.raw["target"], model.bundle.parity.get("machine", {})
     try:
         version: str | None = importlib.metadata.version(target["engine"])

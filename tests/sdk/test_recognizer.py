@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 import affect_edge
-from affect_edge import Affect, BundleError, Face, InputError, Recognizer, StateError, Stream
+from affect_edge import Affect, BundleError, Face, InputError, Recognizer, StateError
 
 Frame = NDArray[np.uint8]
 
@@ -115,12 +115,8 @@ def test_faces_side_by_side_are_each_alone(recognizer: Recognizer, crops: Frame)
     assert recognizer.step_many([], [], []) == ([], [])
 
 
-def stream_of(recognizer: Recognizer, detector: Scripted) -> Stream:
-    return recognizer.stream(detector=detector)
-
-
 def test_no_face_no_result(recognizer: Recognizer, picture: Frame) -> None:
-    stream = stream_of(recognizer, Scripted([]))
+    stream = recognizer.stream(Scripted([]))
     for t in range(4):
         assert stream.step(picture, t / 30) == []
         assert set(stream.timings) == {"detect"}
@@ -138,7 +134,7 @@ def test_a_profile_whose_eyes_fall_together_gives_no_result(recognizer: Recogniz
 def test_a_stream_is_the_pure_step_with_dt_from_the_clock(recognizer: Recognizer, picture: Frame) -> None:
     from affect_runtimes.preprocess import align_face
 
-    stream, state = stream_of(recognizer, Scripted([(200.0, 120.0)])), recognizer.initial_state()
+    stream, state = recognizer.stream(Scripted([(200.0, 120.0)])), recognizer.initial_state()
     last = None
     for now in (10.0, 10.0 + 1 / 30, 10.1, 10.35):
         (found,) = stream.step(picture, now)
@@ -153,15 +149,15 @@ def test_a_stream_is_the_pure_step_with_dt_from_the_clock(recognizer: Recognizer
 
 def test_two_streams_interleaved_are_each_alone(recognizer: Recognizer, picture: Frame) -> None:
     dark = (picture // 2).astype(np.uint8)
-    pair = [stream_of(recognizer, Scripted([(200.0, 120.0)])) for _ in range(2)]
-    alone = [stream_of(recognizer, Scripted([(200.0, 120.0)])) for _ in range(2)]
+    pair = [recognizer.stream(Scripted([(200.0, 120.0)])) for _ in range(2)]
+    alone = [recognizer.stream(Scripted([(200.0, 120.0)])) for _ in range(2)]
     interleaved = [[s.step(p, t / 30)[0].valence for s, p in zip(pair, (picture, dark), strict=True)] for t in range(6)]
     for i, frame in enumerate((picture, dark)):
         assert [alone[i].step(frame, t / 30)[0].valence for t in range(6)] == [row[i] for row in interleaved]
 
 
 def test_reset_reproduces_and_gaps_begin_anew(recognizer: Recognizer, picture: Frame) -> None:
-    stream = stream_of(recognizer, Scripted([(200.0, 120.0)]))
+    stream = recognizer.stream(Scripted([(200.0, 120.0)]))
     times = [0.0, 0.03, 0.07]
     first = [stream.step(picture, t)[0].valence for t in times]
     stream.reset()
@@ -171,7 +167,7 @@ def test_reset_reproduces_and_gaps_begin_anew(recognizer: Recognizer, picture: F
 
 def test_bad_frames_and_times_leave_the_stream_as_it_was(recognizer: Recognizer, picture: Frame) -> None:
     detector = Scripted([(200.0, 120.0)])
-    stream, undisturbed = stream_of(recognizer, detector), stream_of(recognizer, detector)
+    stream, undisturbed = recognizer.stream(detector), recognizer.stream(detector)
     for s in (stream, undisturbed):
         s.step(picture, 1.0)
     for frame, now in [
@@ -190,7 +186,7 @@ def test_bad_frames_and_times_leave_the_stream_as_it_was(recognizer: Recognizer,
 
 
 def test_a_face_that_leaves_gives_no_more_results(recognizer: Recognizer, picture: Frame) -> None:
-    stream = stream_of(recognizer, Scripted([(200.0, 120.0), (380.0, 150.0)], [(380.0, 150.0)], []))
+    stream = recognizer.stream(Scripted([(200.0, 120.0), (380.0, 150.0)], [(380.0, 150.0)], []))
     both = stream.step(picture, 0.0)
     assert [a.track_id for a in both] == [0, 1]
     assert set(stream.states()) == {0, 1}

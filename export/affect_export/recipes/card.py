@@ -66,7 +66,8 @@ frame-wise model's.
 
 ## Limits
 
-- Trained on frontal, mostly posed web photographs; contempt, disgust and fear are rare in them and poorly recognised.
+- Trained on frontal, mostly posed web photographs; contempt, disgust and fear are rare in them.
+  Accuracy of each expression by itself is not given here: expect the rare ones to be worse.
 - The eyes of the training faces were found by other means than the device's detector (YuNet, and MediaPipe on the
   photographs). YuNet follows a tilted head less far; random rotation in training covers part of that.
 - Faces turned far aside are cut badly by an alignment that knows only the eyes.

@@ -100,15 +100,13 @@ def image_batches(sources: Sources, recipe: Recipe, config: StudentConfig, epoch
         parts = [(sources.fer[0], rows[:half]), (sources.fer[1], rows[half:])]
         parts.append((sources.photographs, rng.choice(photo_rows, recipe.batch_photographs, replace=False)))
         parts += [(clip_faces[k], rng.integers(len(clip_faces[k]), size=1)) for k in clip_choice]
-        colour = [torch.from_numpy(np.concatenate([f.images[i] for f, i in parts[2:]]))]
+        colour = torch.from_numpy(np.concatenate([f.images[i] for f, i in parts[2:]]))
         fer = [torch.from_numpy(f.images[i]) for f, i in parts[:2]]
         frames = [
             crop_batch(x, f.aligned, config, augmentation, generator) for x, (f, _) in zip(fer, parts, strict=False)
         ]
-        frames.append(crop_batch(colour[0], True, config, augmentation, generator))
-        grey = None
-        if epoch >= recipe.pseudo_from_epoch:
-            grey = grey_small(colour[0], config)
+        frames.append(crop_batch(colour, True, config, augmentation, generator))
+        grey = grey_small(colour, config) if epoch >= recipe.pseudo_from_epoch else None
         targets = Targets.join([Targets.of(f, i) for f, i in parts])
         x = torch.cat(frames).contiguous(memory_format=torch.channels_last)
         yield ImageBatch(x, targets, grey, slice(recipe.batch_fer, None))
