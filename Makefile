@@ -10,6 +10,7 @@ TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+ORACLE := build/oracle
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install serves Python files from the tree, so only these make a new install necessary.
 INSTALL_INPUTS := pyproject.toml constraints.txt $(shell find cmake runtimes/native -type f)
@@ -25,7 +26,7 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 SAY_IF_NATIVE = $(BIN)/python -c 'from affect_runtimes import native; print(native.unavailable_reason() or "native step library: ready")'
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo export test check lint format wheel clean
+.PHONY: help install install-dev oracle demo export test check lint format wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,14 +43,14 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.created
 	touch $@
 
 $(VENV)/.installed: $(INSTALL_INPUTS) $(VENV)/.torch
-	$(PIP) install -e '.[export,demo]'
+	$(PIP) install -e '.[export,demo,systems]'
 	@$(SAY_IF_NATIVE)
 	touch $@
 
 # The quantize extra is left out: no test needs nncf.
 # AFFECT_WERROR: a warning of the native library fails its build here, and test_native.py then fails for want of it.
 $(VENV)/.installed-dev: $(INSTALL_INPUTS) $(VENV)/.torch
-	AFFECT_WERROR=ON $(PIP) install -e '.[export,demo,dev]'
+	AFFECT_WERROR=ON $(PIP) install -e '.[export,demo,systems,dev]'
 	@$(SAY_IF_NATIVE)
 	touch $@ $(VENV)/.installed
 
@@ -57,13 +58,23 @@ install: $(VENV)/.installed ## the package, editable, with what export and demo 
 
 install-dev: $(VENV)/.installed-dev ## the same with what tests and checks need
 
+# The reference that tests/oracles compare with, in a folder that only those tests see: the Python files alone, without
+# CUDA kernels and dependencies. MAMBA_FORCE_BUILD: otherwise its setup.py asks GitHub for a CUDA wheel.
+$(ORACLE)/.installed: constraints.txt | $(VENV)/.installed-dev
+	rm -rf $(ORACLE)
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+		$(PIP) install --no-deps --no-build-isolation --target $(ORACLE) mamba-ssm einops
+	touch $@
+
+oracle: $(ORACLE)/.installed ## mamba-ssm's reference, on CPU, for the tests of tests/oracles: build/oracle
+
 export: install ## the shipped student, exported and verified for this machine: out/bundles/student-cpu
 	$(BIN)/affect-export --target cpu --output out/bundles/student-cpu --force
 
 demo: export ## the dashcam demo on a real clip: out/dashcam
 	$(BIN)/affect-dashcam --demo-clip --bundle out/bundles/student-cpu --output out/dashcam
 
-test: check ## every check and every test
+test: check oracle ## every check and every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: lint ## lint, types and the import rule

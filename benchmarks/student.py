@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from affect_edge import Recognizer
-from affect_export.models.checkpoint import load_student
+from affect_export.models.checkpoint import SHIPPED, load_model
 from affect_export.parity_data import carphone_crops
 from affect_runtimes.model import BundleModel
 
@@ -59,17 +59,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=300)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
-    bundle, student = BundleModel(Recognizer().bundle), load_student().model
+    bundle, student = BundleModel(Recognizer().bundle), load_model("student", SHIPPED).model
     print(f"{cpu_name()}, {platform.system()}, Python {platform.python_version()}, 1 thread, {repeats} repeats")
-    frames = bundle.normalise(carphone_crops()[:1].astype(np.float32))
-    features, tensor = bundle.encode(frames), torch.from_numpy(frames)
+    frames = {"frame": bundle.normalise(carphone_crops()[:1])}
+    features, tensors = bundle.encode(frames), {"frame": torch.from_numpy(frames["frame"])}
     state, torch_state = bundle.initial_state(), student.initial_state(1)
-    dt, torch_features = torch.ones(1), torch.from_numpy(features)
+    dt, torch_features = torch.ones(1), {"features": torch.from_numpy(features["features"])}
     with torch.no_grad():
         times = taking_turns(
             {
                 "encode, bundle": lambda: bundle.encode(frames),
-                "encode, PyTorch": lambda: student.encode(tensor),
+                "encode, PyTorch": lambda: student.encode(tensors),
                 "step, bundle": lambda: bundle.step_features(features, state),
                 "step, PyTorch": lambda: student.step_features(torch_features, torch_state, dt),
             },

@@ -8,8 +8,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from affect_export.export import export_student
-from affect_export.models.checkpoint import Checkpoint, load_student, save_student
+from affect_export.export import export_model
+from affect_export.models.checkpoint import Checkpoint, load_model, save_model
 from affect_export.models.student import Student, StudentConfig
 from affect_export.parity_data import carphone_crops
 from affect_export.targets import TARGETS
@@ -35,15 +35,15 @@ def random_student(seed: int) -> Student:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Random weights, saved and loaded again."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_student(random_student(1), path, version="0.0.1", trained=False)
-    return load_student(path)
+    save_model(random_student(1), path, version="0.0.1", trained=False)
+    return load_model("student", path)
 
 
 @pytest.fixture(scope="session")
 def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny student; tests that change it use `bundle_folder`."""
     folder = tmp_path_factory.mktemp("exported") / "bundle"
-    export_student(checkpoint, TARGETS["cpu"], folder, bounds=TARGETS["cpu"].bounds)
+    export_model(checkpoint, TARGETS["cpu"], folder, bounds=TARGETS["cpu"].bounds)
     return folder
 
 

@@ -4,12 +4,14 @@ Exit codes: 0 done, 1 refused (parity, integrity, missing library), 2 usage.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from affect_export.export import ExportResult
+    from affect_export.models.checkpoint import Checkpoint
 
 __all__ = ["main", "train_student_main"]
 
@@ -22,7 +24,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--target", help="where the bundle will run; see --list-targets")
     parser.add_argument("--list-targets", action="store_true", help="list the targets and their bounds, then stop")
-    parser.add_argument("--checkpoint", type=Path, help="float student (.safetensors); default: the shipped one")
+    parser.add_argument("--model", default="student", help="which model (default student); see --list-models")
+    parser.add_argument("--list-models", action="store_true", help="list the models and what they take, then stop")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="float weights, .safetensors or .pt; default for the student: the shipped ones"
+    )
+    parser.add_argument("--preset", help="full or tiny; default: what the checkpoint says of itself, else full")
+    parser.add_argument("--config", type=Path, help="JSON file with the hyper-parameters that differ from the preset")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="no checkpoint: random weights, for tests and timing only"
+    )
     parser.add_argument("--output", type=Path, help="folder of the bundle; default: ./MODEL-TARGET")
     parser.add_argument("--force", action="store_true", help="replace a bundle that is already in --output")
     parser.add_argument("--dry-run", action="store_true", help="build and compare, but write nothing")
@@ -31,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="FRACTION",
         help="tighten the gate: no CCC and no agreement may lie more than this below 1",
+    )
+    parser.add_argument(
+        "--parity-steps",
+        type=int,
+        metavar="N",
+        help="frames of the parity clip to compare over; default: all 120, or 3 above 20 million parameters",
     )
     return parser
 
@@ -49,19 +66,29 @@ def main(argv: list[str] | None = None) -> int:
                 held = ", ".join(f"{b.output} {b.metric} {b.limit:g}" for b in target.bounds)
                 print(f"{target.name:16} {target.summary}; held to {held}")
             return 0
+        if arguments.list_models:
+            _require("torch")
+            _list_models()
+            return 0
         if arguments.target is None:
             raise InputError("name a --target; --list-targets shows them")
         target = find_target(arguments.target)
         _require("torch", "onnx", "onnxscript", "safetensors")
-        from affect_export.export import check_output_folder, export_student, tighten
-        from affect_export.models.checkpoint import SHIPPED, load_student
+        from affect_export.export import check_output_folder, export_model, tighten
+        from affect_export.models import find_model
 
+        find_model(arguments.model)
         bounds = tighten(target.bounds, arguments.max_drop)
-        output = arguments.output or Path(f"student-{target.name}")
+        output = arguments.output or Path(f"{arguments.model}-{target.name}")
         check_output_folder(output, arguments.force)
-        checkpoint = load_student(arguments.checkpoint or SHIPPED)
-        result = export_student(
-            checkpoint, target, output, bounds=bounds, force=arguments.force, dry_run=arguments.dry_run
+        result = export_model(
+            _checkpoint(arguments),
+            target,
+            output,
+            bounds=bounds,
+            force=arguments.force,
+            dry_run=arguments.dry_run,
+            parity_steps=arguments.parity_steps,
         )
     except InputError as error:
         print(f"affect-export: {error}", file=sys.stderr)
@@ -71,6 +98,53 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     _print_result(result)
     return 0
+
+
+def _checkpoint(arguments: argparse.Namespace) -> "Checkpoint":
+    from affect_export.models.checkpoint import SHIPPED, load_model
+
+    path = arguments.checkpoint
+    plain = arguments.preset is None and arguments.config is None and not arguments.random_weights
+    if path is None and arguments.model == "student" and plain:
+        path = SHIPPED
+    return load_model(
+        arguments.model,
+        path,
+        preset=arguments.preset,
+        changes=_read_config(arguments.config),
+        random_weights=arguments.random_weights,
+    )
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    from affect_runtimes.errors import InputError
+
+    if path is None:
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"--config {path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: expected an object of hyper-parameters, found {type(values).__name__}")
+    return values
+
+
+def _list_models() -> None:
+    import torch
+
+    from affect_export.models import MODELS, find_model
+
+    for name in MODELS:
+        kind = find_model(name)
+        # The interface does not depend on the weights: none are made.
+        with torch.device("meta"):
+            model = kind(kind.CONFIG.tiny())
+        takes = ", ".join(i.name for i in model.inputs())
+        gives = ", ".join(o.name for o in model.outputs())
+        print(f"{name:12} takes {takes}; gives {gives}")
 
 
 def train_student_main(argv: list[str] | None = None) -> int:

@@ -15,24 +15,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from affect_export import graphs
+from affect_export.models.base import AffectModel
 from affect_export.models.checkpoint import Checkpoint
-from affect_export.parity_data import NAME, carphone_crops, parity_sequences
+from affect_export.parity_data import (
+    CLIP_STEPS,
+    NAME,
+    clip_inputs,
+    feature_sequence,
+    parity_sequences,
+    prepared,
+)
 from affect_export.targets import Target
-from affect_quantize.gate import GateReport, check_parity
+from affect_quantize.gate import GateReport, ParitySequence, check_parity
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.compare import Bound
-from affect_runtimes.errors import AffectError, InputError, ParityError
+from affect_runtimes.errors import InputError, ParityError
+from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import SCHEMA, to_text
 from affect_runtimes.model import BundleModel
-from affect_runtimes.preprocess import normalise
 from affect_runtimes.verify import replay
 
-__all__ = ["VERIFY_STEPS", "ExportResult", "check_output_folder", "export_student", "tighten"]
+__all__ = [
+    "FEATURE_STEPS",
+    "VERIFY_STEPS",
+    "ExportResult",
+    "check_output_folder",
+    "default_card",
+    "export_model",
+    "tighten",
+]
 
 VERIFY_STEPS = 64
+FEATURE_STEPS = 200
+_SMALL = 20_000_000  # parameters
+_STEPS_OF_LARGE = 3
 _MARKER = "manifest.json"
 
 
@@ -97,7 +117,7 @@ def _is_bundle(folder: Path) -> bool:
         return False
 
 
-def export_student(
+def export_model(
     checkpoint: Checkpoint,
     target: Target,
     output: Path,
@@ -105,6 +125,7 @@ def export_student(
     bounds: Sequence[Bound],
     force: bool = False,
     dry_run: bool = False,
+    parity_steps: int | None = None,
 ) -> ExportResult:
     """Writes a bundle, or nothing.
 
@@ -118,12 +139,16 @@ def export_student(
         bounds: of the target, perhaps tightened.
         force: replace a bundle that is there.
         dry_run: do everything but the move.
+        parity_steps: frames of the clip to compare over; None is all of them, or three for a model of over 20 million
+            parameters, whose recurrent half is then tried on features alone for longer.
 
     Raises:
         InputError: see `check_output_folder`.
         ParityError: a bound was missed; nothing is left behind.
     """
     check_output_folder(output, force)
+    if parity_steps is not None and not 1 <= parity_steps <= CLIP_STEPS:
+        raise InputError(f"the parity clip has 1 to {CLIP_STEPS} steps; asked for {parity_steps}")
     parent = output.absolute().parent
     if not dry_run:
         parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +156,7 @@ def export_student(
     try:
         folder = scratch / "bundle"
         folder.mkdir()
-        report = _write(checkpoint, target, bounds, folder)
+        report = _write(checkpoint, target, bounds, folder, parity_steps)
         if not report.passed:
             missed = "; ".join(f"{where}: {figure}" for where, figure in report.failures)
             raise ParityError(
@@ -162,13 +187,18 @@ def _publish(folder: Path, output: Path) -> None:
         folder.rename(output)
 
 
-def _write(checkpoint: Checkpoint, target: Target, bounds: Sequence[Bound], folder: Path) -> GateReport:
-    model, config = checkpoint.model, checkpoint.model.config
+def _write(
+    checkpoint: Checkpoint, target: Target, bounds: Sequence[Bound], folder: Path, steps: int | None
+) -> GateReport:
+    model = checkpoint.model
+    inputs, parameters = model.inputs(), sum(p.numel() for p in model.parameters())
+    if steps is None:
+        steps = CLIP_STEPS if parameters <= _SMALL else _STEPS_OF_LARGE
     written = target.builder(graphs.graph_sources(model), folder)
-    (folder / "verify.npz").write_bytes(_verification(checkpoint))
-    (folder / "MODEL_CARD.md").write_text(checkpoint.card or _random_card(checkpoint))
-    sequences = parity_sequences(config.image_px, config.mean, config.std)
+    (folder / "verify.npz").write_bytes(_verification(model, min(VERIFY_STEPS, steps)))
+    (folder / "MODEL_CARD.md").write_text(checkpoint.card or default_card(checkpoint))
     here = platform.machine() in target.arch
+    clock = model.clock()
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "model": {
@@ -177,32 +207,22 @@ def _write(checkpoint: Checkpoint, target: Target, bounds: Sequence[Bound], fold
             "weights_sha256": checkpoint.sha256,
             "trained": checkpoint.trained,
             "licence": checkpoint.licence,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": parameters,
+            "config": model.config.to_json(),
         },
-        "inputs": [
-            {
-                "name": "frame",
-                "shape": ["batch", 3, config.image_px, config.image_px],
-                "dtype": "float32",
-                "colour": "rgb",
-                "mean": list(config.mean),
-                "std": list(config.std),
-                "align": "eyes",
-            }
-        ],
-        "outputs": graphs.describe_outputs(model),
-        "states": [
-            {"name": s.name, "shape": list(s.shape), "dtype": s.dtype, "init": 0.0} for s in graphs.state_tensors(model)
-        ],
-        "clock": {"frame_interval_s": config.frame_interval_s, "variable_dt": True},
+        "inputs": [i.to_json() for i in inputs],
+        "outputs": [o.to_json() for o in model.outputs()],
+        "states": [s.to_json() for s in model.all_states()],
+        "clock": asdict(clock),
         "graphs": [
             {
                 "role": g.source.role,
                 "file": g.file,
                 "sha256": _sha256(folder / g.file),
+                **({} if g.data is None else {"data": g.data}),
                 "precision": g.precision,
-                "inputs": [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in g.source.inputs],
-                "outputs": [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in g.source.outputs],
+                "inputs": [_tensor_json(t) for t in g.source.inputs],
+                "outputs": [_tensor_json(t) for t in g.source.outputs],
             }
             for g in written
         ],
@@ -213,19 +233,22 @@ def _write(checkpoint: Checkpoint, target: Target, bounds: Sequence[Bound], fold
             "made_with": {name: importlib.metadata.version(name) for name in target.libraries},
             "verified_on_target": here,
         },
-        "parity": {"data": NAME, "bounds": [asdict(b) for b in bounds], "figures": []},
+        "parity": {"data": f"{NAME}, {steps} steps", "bounds": [asdict(b) for b in bounds], "figures": []},
     }
+    data = [g.data for g in written if g.data is not None]
     # The gate runs what a device will run, so a manifest must stand before the figures are known: measured first
     # through a provisional one, then written with them.
-    _finish(folder, manifest, {"figures": []})
+    _finish(folder, manifest, {"figures": []}, data)
     artefact = BundleModel(Bundle.open(folder))
+    sequences = parity_sequences(inputs, steps)
+    sequences.append(feature_sequence(_features(model, sequences[0]), FEATURE_STEPS, 2))
     report = check_parity(
-        lambda frames, dt: graphs.run_step_form(model, frames, dt),
-        lambda frames, dt: graphs.run_bundle(artefact, frames, dt),
+        lambda given, dt: graphs.run_step_form(model, given, dt),
+        lambda given, dt: graphs.run_bundle(artefact, given, dt),
         sequences,
-        graphs.OUTPUT_KINDS,
+        graphs.output_kinds(model),
         bounds,
-        lambda frames, dt: graphs.run_sequence_form(model, frames, dt),
+        lambda given, dt: graphs.run_sequence_form(model, given, dt),
     )
     figures = [f.to_json() for f in report.comparisons[NAME]]
     manifest["parity"]["figures"] = figures
@@ -234,37 +257,56 @@ def _write(checkpoint: Checkpoint, target: Target, bounds: Sequence[Bound], fold
         manifest,
         {
             "data": NAME,
-            "steps": len(sequences[0].frames),
+            "steps": steps,
             "made": datetime.now(UTC).strftime("%Y-%m-%d"),
             "machine": {"arch": platform.machine(), "system": platform.system()},
             "figures": figures,
             "comparisons": report.to_json(),
         },
+        data,
     )
     if report.passed:
-        replay(BundleModel(Bundle.open(folder)))
+        replay(artefact if data else BundleModel(Bundle.open(folder)))
     return report
 
 
-def _verification(checkpoint: Checkpoint) -> bytes:
-    """verify.npz: crops, dt, and what the float model makes of them, step by step."""
-    config = checkpoint.model.config
-    crops = carphone_crops(config.image_px)[:VERIFY_STEPS]
-    even = VERIFY_STEPS * 3 // 4  # the rest has uneven times
-    dt = np.concatenate([np.ones(even), np.linspace(0.5, 3.0, VERIFY_STEPS - even)]).astype(np.float32)
-    frames = normalise(crops.astype(np.float32), config.mean, config.std)
-    outputs, states = graphs.run_step_form(checkpoint.model, frames[:, None], dt[:, None])
-    arrays: dict[str, NDArray[Any]] = {"crops": crops, "dt": dt}
+def _tensor_json(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype}
+
+
+def _features(model: AffectModel, sequence: ParitySequence) -> dict[str, NDArray[Any]]:
+    """The encoder's features over the first moments of a sequence's first stream."""
+    state, found = model.initial_state(1), []
+    with torch.no_grad():
+        for t in range(min(3, len(sequence.dt))):
+            moment = {k: torch.from_numpy(v[t, :1]) for k, v in sequence.inputs.items()}
+            seen, rings = model.perceive(moment, state)
+            state |= rings
+            found.append({k: v.numpy()[0] for k, v in model.encode(seen).items()})
+    return {k: np.stack([f[k] for f in found]) for k in found[0]}
+
+
+def _verification(model: AffectModel, steps: int) -> bytes:
+    """verify.npz: raw inputs, dt, and what the float model makes of them, step by step."""
+    inputs = model.inputs()
+    raw = clip_inputs(inputs, steps)
+    even = steps * 3 // 4  # the rest has uneven times
+    dt = np.concatenate([np.ones(even), np.linspace(0.5, 3.0, steps - even)]).astype(np.float32)
+    given = {k: v[:, None] for k, v in prepared(inputs, raw).items()}
+    outputs, states = graphs.run_step_form(model, given, dt[:, None])
+    arrays: dict[str, NDArray[Any]] = {f"input.{k}": v for k, v in raw.items()} | {"dt": dt}
     arrays |= {f"output.{k}": v for k, v in outputs.items()} | {f"state.{k}": v for k, v in states.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
-def _finish(folder: Path, manifest: dict[str, Any], parity: dict[str, Any]) -> None:
+def _finish(folder: Path, manifest: dict[str, Any], parity: dict[str, Any], data: Sequence[str]) -> None:
     (folder / "parity.json").write_text(json.dumps(parity, indent=1) + "\n")
-    loose = ("verify.npz", "parity.json", "MODEL_CARD.md")
-    manifest["files"] = {name: _sha256(folder / name) for name in loose}
+    known = manifest.get("files", {})
+    # Gigabytes of weights are hashed once.
+    manifest["files"] = {name: known.get(name) or _sha256(folder / name) for name in data}
+    manifest["files"] |= {name: _sha256(folder / name) for name in ("verify.npz", "parity.json", "MODEL_CARD.md")}
     path = folder / "manifest.json"
     path.write_text(to_text(manifest))
     with path.open("rb") as file:
@@ -272,13 +314,24 @@ def _finish(folder: Path, manifest: dict[str, Any], parity: dict[str, Any]) -> N
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _random_card(checkpoint: Checkpoint) -> str:
-    if checkpoint.trained:
-        raise AffectError("a trained checkpoint needs MODEL_CARD.md beside it: what it is for, its data and its limits")
+def default_card(checkpoint: Checkpoint) -> str:
+    """The model card of a checkpoint that brings none: what is known of it, and what is not."""
+    if not checkpoint.trained:
+        return (
+            f"# {checkpoint.name} {checkpoint.version}: RANDOM WEIGHTS\n\n"
+            "These weights were never trained. The outputs mean nothing; the bundle serves tests and timing only.\n"
+        )
+    published = checkpoint.model.PUBLISHED
     return (
-        f"# {checkpoint.name} {checkpoint.version}: RANDOM WEIGHTS\n\n"
-        "These weights were never trained. The outputs mean nothing; the bundle serves tests and timing only.\n"
+        f"# {checkpoint.name} {checkpoint.version}\n\n"
+        f"Exported from a checkpoint with sha256 {checkpoint.sha256}; licence: {checkpoint.licence}. It came without a "
+        "model card, so what it was trained on, what it is for and how well it does are not known here. Write "
+        "MODEL_CARD.md beside the checkpoint and export again.\n"
+        + (f"\n## What the paper reports\n\nOf its own weights, not of these: {published}\n" if published else "")
+        + "\n## What the outputs are not\n\nA feeling, a diagnosis, or evidence. Inferring emotions at work or in "
+        "education is prohibited in the EU except for medical or safety reasons (AI Act, article 5(1)(f)).\n"
     )

@@ -1,5 +1,7 @@
-"""The student cut into the two graphs of a bundle, and the runners that the gate compares."""
+"""A model cut into the two graphs of a bundle, and the runners that the gate compares."""
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,141 +9,119 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor as TorchTensor
 from torch import nn
+from torch.nn.utils import parametrize
 
-from affect_export.models.student import Student
+from affect_export.models.base import AffectModel
+from affect_export.models.lora import LoRALinear, merge_lora
+from affect_export.models.tcn import fold_weight_norm
 from affect_export.targets.base import GraphSource
 from affect_quantize.gate import Trajectory, join_trajectories
-from affect_runtimes.manifest import Tensor
+from affect_runtimes.interface import Tensor
 from affect_runtimes.model import BundleModel
 
-__all__ = [
-    "OUTPUT_KINDS",
-    "describe_outputs",
-    "graph_sources",
-    "run_bundle",
-    "run_sequence_form",
-    "run_step_form",
-    "state_tensors",
-]
+__all__ = ["folded", "graph_sources", "output_kinds", "run_bundle", "run_sequence_form", "run_step_form"]
 
 Array = NDArray[Any]
 
-OUTPUT_KINDS = {
-    "expression": "distribution",
-    "valence": "regression",
-    "arousal": "regression",
-    "action_units": "multilabel",
-    "eye_closure": "regression",
-}
-
 
 class _Encoder(nn.Module):
-    def __init__(self, model: Student) -> None:
+    def __init__(self, model: AffectModel) -> None:
         super().__init__()
         self.model = model
+        self.takes = [t.name for t in model.encoder_tensors()]
+        self.gives = [t.name for t in model.features()]
 
-    def forward(self, frame: TorchTensor) -> TorchTensor:
-        return self.model.encode(frame)
+    def forward(self, *tensors: TorchTensor) -> tuple[TorchTensor, ...]:
+        features = self.model.encode(dict(zip(self.takes, tensors, strict=True)))
+        return tuple(features[name] for name in self.gives)
 
 
 class _Step(nn.Module):
-    """The step with its state spread out: features, dt, conv, ssm -> outputs, next_conv, next_ssm."""
+    """The step with its state spread out: features, dt, states -> outputs, next states."""
 
-    def __init__(self, model: Student) -> None:
+    def __init__(self, model: AffectModel) -> None:
         super().__init__()
         self.model = model
+        self.features = [t.name for t in model.features()]
+        self.states = [t.name for t in model.states()]
+        self.gives = [o.name for o in model.outputs()]
 
-    def forward(
-        self, features: TorchTensor, dt: TorchTensor, conv: TorchTensor, ssm: TorchTensor
-    ) -> tuple[TorchTensor, ...]:
-        outputs, state = self.model.step_features(features, {"conv": conv, "ssm": ssm}, dt)
-        return (*(outputs[name] for name in OUTPUT_KINDS), state["conv"], state["ssm"])
-
-
-def state_tensors(model: Student) -> tuple[Tensor, ...]:
-    """Name, shape and dtype of what a stream carries."""
-    c = model.config
-    inner = c.mamba.d_inner
-    return (
-        Tensor("conv", (c.layers, "batch", inner, c.d_conv - 1), "float32"),
-        Tensor("ssm", (c.layers, "batch", inner, c.d_state), "float32"),
-    )
+    def forward(self, *tensors: TorchTensor) -> tuple[TorchTensor, ...]:
+        count = len(self.features)
+        features = dict(zip(self.features, tensors[:count], strict=True))
+        state = dict(zip(self.states, tensors[count + 1 :], strict=True))
+        outputs, following = self.model.step_features(features, state, tensors[count])
+        return (*(outputs[name] for name in self.gives), *(following[name] for name in self.states))
 
 
-def graph_sources(model: Student) -> list[GraphSource]:
+def folded(model: AffectModel) -> AffectModel:
+    """The same model with plain weights: weight norm and LoRA multiplied out, in a copy where there is any.
+
+    A graph would otherwise compute them anew at every step.
+    """
+    if not any(isinstance(m, LoRALinear) or parametrize.is_parametrized(m) for m in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    fold_weight_norm(model)
+    merge_lora(model)
+    return model.eval()
+
+
+def graph_sources(model: AffectModel) -> list[GraphSource]:
     """Encoder and step, described for a target's builder."""
-    c, states = model.config, state_tensors(model)
-    frame = Tensor("frame", ("batch", 3, c.image_px, c.image_px), "float32")
-    features = Tensor("features", ("batch", c.d_model), "float32")
-    sizes: dict[str, tuple[int | str, ...]] = {
-        "expression": ("batch", len(c.expressions)),
-        "valence": ("batch",),
-        "arousal": ("batch",),
-        "action_units": ("batch", len(c.action_units)),
-        "eye_closure": ("batch",),
-    }
-    outputs = tuple(Tensor(name, sizes[name], "float32") for name in OUTPUT_KINDS)
+    plain = folded(model)
+    outputs, states = tuple(o.tensor for o in model.outputs()), model.states()
     following = tuple(Tensor(f"next_{s.name}", s.shape, s.dtype) for s in states)
     dt = Tensor("dt", ("batch",), "float32")
+    encoder, step = _Encoder(plain).eval(), _Step(plain).eval()
     return [
-        GraphSource("encoder", _Encoder(model).eval(), (frame,), (features,), ("conv", "linear")),
-        GraphSource(
-            "step", _Step(model).eval(), (features, dt, *states), (*outputs, *following), ("linear", "scan", "norm")
-        ),
+        GraphSource("encoder", encoder, model.encoder_tensors(), model.features(), model.ENCODER_LAYERS),
+        GraphSource("step", step, (*model.features(), dt, *states), (*outputs, *following), model.STEP_LAYERS),
     ]
 
 
-def describe_outputs(model: Student) -> list[dict[str, Any]]:
-    """The manifest's outputs: kinds, ranges, labels, and what signal each really is."""
-    c = model.config
-    return [
-        {
-            "name": "expression",
-            "kind": "distribution",
-            "range": [0, 1],
-            "labels": list(c.expressions),
-            "signal": "label",
-        },
-        {"name": "valence", "kind": "regression", "range": [-1, 1], "signal": "proxy"},
-        {"name": "arousal", "kind": "regression", "range": [-1, 1], "signal": "proxy"},
-        {
-            "name": "action_units",
-            "kind": "multilabel",
-            "range": [0, 1],
-            "labels": list(c.action_units),
-            "signal": "blendshape-derived",
-        },
-        {"name": "eye_closure", "kind": "regression", "range": [0, 1], "signal": "blendshape-derived"},
-    ]
+def output_kinds(model: AffectModel) -> dict[str, str]:
+    """Output name -> kind, as the gate wants it."""
+    return {o.name: o.kind for o in model.outputs()}
 
 
-def run_step_form(model: Student, frames: NDArray[np.float32], dt: NDArray[np.float32]) -> Trajectory:
-    """The float model frame by frame from its initial state: frames (T, B, 3, H, W), dt (T, B)."""
-    state = model.initial_state(frames.shape[1])
+def run_step_form(model: AffectModel, inputs: Mapping[str, Array], dt: NDArray[np.float32]) -> Trajectory:
+    """The float model moment by moment from its initial state: inputs or features (T, B, ...), dt (T, B)."""
+    state = model.initial_state(dt.shape[1])
+    step = model.step_features if _are_features(model, inputs) else model.step
     outputs, states = [], []
     with torch.no_grad():
-        for frame, interval in zip(frames, dt, strict=True):
-            out, state = model.step({"frame": torch.from_numpy(frame)}, state, torch.from_numpy(interval))
+        for t, interval in enumerate(dt):
+            moment = {k: torch.from_numpy(v[t]) for k, v in inputs.items()}
+            out, following = step(moment, state, torch.from_numpy(interval))
+            state = state | following
             outputs.append({k: v.numpy() for k, v in out.items()})
             states.append({k: v.numpy() for k, v in state.items()})
     return join_trajectories(outputs, states)
 
 
-def run_sequence_form(model: Student, frames: NDArray[np.float32], dt: NDArray[np.float32]) -> Trajectory:
+def run_sequence_form(model: AffectModel, inputs: Mapping[str, Array], dt: NDArray[np.float32]) -> Trajectory:
     """The float model over the whole sequence at once; it has only the last state."""
+    form = model.forward_features if _are_features(model, inputs) else model.forward
     with torch.no_grad():
-        inputs = {"frame": torch.from_numpy(np.ascontiguousarray(frames.swapaxes(0, 1)))}
-        out, state = model(inputs, None, torch.from_numpy(np.ascontiguousarray(dt.T)))
+        whole = {k: torch.from_numpy(np.ascontiguousarray(v.swapaxes(0, 1))) for k, v in inputs.items()}
+        out, state = form(whole, None, torch.from_numpy(np.ascontiguousarray(dt.T)))
     outputs = {k: v.transpose(0, 1).numpy() for k, v in out.items()}
     return outputs, {k: v.numpy()[None] for k, v in state.items()}
 
 
-def run_bundle(model: BundleModel, frames: NDArray[np.float32], dt: NDArray[np.float32]) -> Trajectory:
+def run_bundle(model: BundleModel, inputs: Mapping[str, Array], dt: NDArray[np.float32]) -> Trajectory:
     """A bundle, the same way."""
-    state = model.initial_state(frames.shape[1])
+    state = model.initial_state(dt.shape[1])
+    takes = {t.name for t in model.bundle.manifest.graph("encoder").outputs}
+    step = model.step_features if set(inputs) == takes else model.step
     outputs, states = [], []
-    for frame, interval in zip(frames, dt, strict=True):
-        out, state = model.step(frame, state, interval)
+    for t, interval in enumerate(dt):
+        out, state = step({k: v[t] for k, v in inputs.items()}, state, interval)
         outputs.append(out)
         states.append(state.arrays)
     return join_trajectories(outputs, states)
+
+
+def _are_features(model: AffectModel, inputs: Mapping[str, Array]) -> bool:
+    return set(inputs) == {t.name for t in model.features()}

@@ -18,8 +18,8 @@ Array = NDArray[Any]
 Trajectory = tuple[dict[str, Array], dict[str, Array]]
 """Outputs (T, B, ...) by name and the state after every step (T, ...) by name."""
 
-Runner = Callable[[NDArray[np.float32], NDArray[np.float32]], Trajectory]
-"""(frames (T, B, 3, H, W), dt (T, B)) -> trajectory from the initial state."""
+Runner = Callable[[Mapping[str, Array], NDArray[np.float32]], Trajectory]
+"""(inputs by name (T, B, ...), dt (T, B)) -> trajectory from the initial state."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,13 @@ class ParitySequence:
 
     Attributes:
         name: said in the report.
-        frames: (T, B, 3, H, W) float32, normalised; B streams run side by side.
+        inputs: name -> (T, B, ...) float32, as the model's `step` takes them; B streams run side by side. Or, to try
+            the recurrent half alone, the model's features.
         dt: (T, B) float32.
     """
 
     name: str
-    frames: NDArray[np.float32]
+    inputs: Mapping[str, Array]
     dt: NDArray[np.float32]
 
 
@@ -83,17 +84,18 @@ def check_parity(
         expected, found = _run(reference, sequence), _run(artefact, sequence)
         every = {**kinds, **{name: "regression" for name in expected if name.startswith("state.")}}
         comparisons[sequence.name] = compare_outputs(expected, found, every, bounds)
-        if sequence.frames.shape[1] > 1:
+        streams = sequence.dt.shape[1]
+        if streams > 1:
             alone = [
-                artefact(sequence.frames[:, i : i + 1], sequence.dt[:, i : i + 1])[0]
-                for i in range(sequence.frames.shape[1])
+                artefact({k: v[:, i : i + 1] for k, v in sequence.inputs.items()}, sequence.dt[:, i : i + 1])[0]
+                for i in range(streams)
             ]
             together = {name: found[name] for name in kinds}
             apart = {name: np.concatenate([a[name] for a in alone], axis=1) for name in kinds}
             comparisons[f"{sequence.name}: side by side against alone"] = compare_outputs(
                 apart, together, kinds, bounds
             )
-        whole, _ = sequence_form(sequence.frames, sequence.dt)
+        whole, _ = sequence_form(sequence.inputs, sequence.dt)
         comparisons[f"{sequence.name}: float sequence form against step form"] = compare_outputs(
             whole, expected, kinds, bounds
         )
@@ -109,5 +111,5 @@ def join_trajectories(outputs: Sequence[Mapping[str, Array]], states: Sequence[M
 
 
 def _run(runner: Runner, sequence: ParitySequence) -> dict[str, Array]:
-    outputs, states = runner(sequence.frames, sequence.dt)
+    outputs, states = runner(sequence.inputs, sequence.dt)
     return outputs | {f"state.{name}": array for name, array in states.items()}

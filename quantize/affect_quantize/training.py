@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TrainingConfig", "ccc_loss", "soft_cross_entropy", "train"]
+__all__ = ["TrainingConfig", "train"]
 
 _log = logging.getLogger("affect_edge.training")
 
@@ -170,35 +170,3 @@ def _save(path: Path, values: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     torch.save(values, part)
     part.replace(path)
-
-
-def soft_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Cross-entropy against a distribution.
-
-    Args:
-        logits: (..., C).
-        target: (..., C), rows sum to 1.
-        weight: (...), 0 leaves a row out.
-
-    Returns:
-        Scalar, the weighted mean; 0 when every weight is 0.
-    """
-    per_row = -(target * torch.log_softmax(logits, -1)).sum(-1)
-    return (per_row * weight).sum() / weight.sum().clamp_min(1e-6)
-
-
-def ccc_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """1 - CCC of a weighted batch, in [0, 2].
-
-    Args:
-        prediction: (M,).
-        target: (M,).
-        weight: (M,), 0 leaves a value out.
-
-    Source: Lin 1989; see `affect_runtimes.compare.ccc`.
-    """
-    w = weight / weight.sum().clamp_min(1e-6)
-    mean_p, mean_t = (w * prediction).sum(), (w * target).sum()
-    p, t = prediction - mean_p, target - mean_t
-    covariance, spread = (w * p * t).sum(), (w * p * p).sum() + (w * t * t).sum()
-    return 1 - 2 * covariance / (spread + (mean_p - mean_t) ** 2 + 1e-6)

@@ -21,7 +21,7 @@ __all__ = ["ENGINES", "Engine", "GraphEngine", "open_engine"]
 Array = NDArray[Any]
 
 ENGINES = {"onnxruntime": "affect_runtimes.onnxruntime"}
-"""Engine name in a manifest -> the module whose `create(graph, data, threads)` opens it."""
+"""Engine name in a manifest -> the module whose `create(graph, data, external, threads)` opens it."""
 
 
 class Engine(Protocol):
@@ -38,15 +38,16 @@ class GraphEngine(ABC):
     Args:
         graph: what the manifest says about the graph.
         data: its verified bytes.
+        external: verified bytes of its large tensors, or None where they are in the graph itself.
         threads: how many the engine may use.
 
     Raises:
         BundleError: the engine cannot load the graph, or the graph is not what the manifest says.
     """
 
-    def __init__(self, graph: Graph, data: bytes, threads: int) -> None:
+    def __init__(self, graph: Graph, data: bytes, external: bytes | None, threads: int) -> None:
         self.graph = graph
-        inputs, outputs = self._load(data, threads)
+        inputs, outputs = self._load(data, external, threads)
         for what, stated, found in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
             if set(stated) != set(found):
                 raise BundleError(f"{graph.file}: its {what} are {_words(found)}; the manifest says {_words(stated)}")
@@ -77,7 +78,7 @@ class GraphEngine(ABC):
         return self._run(inputs)
 
     @abstractmethod
-    def _load(self, data: bytes, threads: int) -> tuple[list[Tensor], list[Tensor]]:
+    def _load(self, data: bytes, external: bytes | None, threads: int) -> tuple[list[Tensor], list[Tensor]]:
         """Opens the graph and says what inputs and outputs it really has."""
 
     @abstractmethod
@@ -104,7 +105,9 @@ def open_engine(bundle: Bundle, graph: str = "step", threads: int = 1) -> Engine
     if name not in ENGINES:
         raise BundleError(f"{bundle.path}: needs the engine {name!r}; this release runs {', '.join(sorted(ENGINES))}")
     described = bundle.manifest.graph(graph)
-    engine: Engine = importlib.import_module(ENGINES[name]).create(described, bundle.read(described.file), threads)
+    external = None if described.data is None else bundle.read(described.data)
+    create = importlib.import_module(ENGINES[name]).create
+    engine: Engine = create(described, bundle.read(described.file), external, threads)
     return engine
 
 

@@ -13,46 +13,39 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from affect_runtimes.errors import BundleError, IntegrityError
+from affect_runtimes.interface import (
+    AudioInput,
+    ImageInput,
+    Input,
+    LandmarkInput,
+    Output,
+    StateTensor,
+    Tensor,
+    read_input,
+    read_output,
+    read_state,
+    read_tensor,
+)
 
-__all__ = ["SCHEMA", "Clock", "Graph", "Manifest", "Output", "Tensor", "to_text"]
+__all__ = ["SCHEMA", "Clock", "Graph", "Manifest", "to_text"]
 
 SCHEMA = 1
-Shape = tuple[int | str, ...]
-_KINDS = ("regression", "distribution", "multilabel")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """One array of a graph or state; a dimension is a size or the word "batch"."""
-
-    name: str
-    shape: Shape
-    dtype: str
-
-    @property
-    def batch_axis(self) -> int:
-        return self.shape.index("batch")
-
-    def sized(self, batch: int) -> tuple[int, ...]:
-        """The shape for a given number of streams."""
-        return tuple(batch if d == "batch" else int(d) for d in self.shape)
-
-
-@dataclass(frozen=True)
-class Output:
-    """One output: kind is regression, distribution (a label an entry, sums to 1) or multilabel (each in its range)."""
-
-    name: str
-    kind: str
-    range: tuple[float, float]
-    labels: tuple[str, ...]
-    signal: str
-
-
-@dataclass(frozen=True)
 class Graph:
-    """One file that an engine runs. Precision: layer kind -> number format."""
+    """One file that an engine runs.
+
+    Attributes:
+        role: "encoder" or "step".
+        file: inside the bundle.
+        sha256: of the file.
+        precision: layer kind -> number format.
+        inputs: name, shape, dtype.
+        outputs: likewise.
+        data: file with the graph's large tensors, where they do not fit into the graph itself.
+    """
 
     role: str
     file: str
@@ -60,6 +53,7 @@ class Graph:
     precision: Mapping[str, str]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,17 +74,29 @@ class Manifest:
     licence: str
     weights_sha256: str
     trained: bool
-    image_px: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
-    states: tuple[Tensor, ...]
-    initial: Mapping[str, float]
+    states: tuple[StateTensor, ...]
     clock: Clock
     graphs: tuple[Graph, ...]
     files: Mapping[str, str]
     target_name: str
     engine: str
+
+    @property
+    def image(self) -> ImageInput | None:
+        """The face crop that the model takes, if it sees."""
+        return next((i for i in self.inputs if isinstance(i, ImageInput)), None)
+
+    @property
+    def landmarks(self) -> LandmarkInput | None:
+        """The landmarks that the model takes, if any."""
+        return next((i for i in self.inputs if isinstance(i, LandmarkInput)), None)
+
+    @property
+    def audio(self) -> AudioInput | None:
+        """The sound that the model takes, if it hears."""
+        return next((i for i in self.inputs if isinstance(i, AudioInput)), None)
 
     def graph(self, role: str) -> Graph:
         """The graph of a role.
@@ -130,22 +136,21 @@ class Manifest:
 
     @classmethod
     def _parse(cls, raw: Mapping[str, Any]) -> "Manifest":
-        model, frame = raw["model"], raw["inputs"][0]
+        model = raw["model"]
         if raw["schema"] != SCHEMA:
             raise BundleError(f"schema {raw['schema']!r} is not {SCHEMA}")
-        if len(raw["inputs"]) != 1 or frame["name"] != "frame" or frame["colour"] != "rgb" or frame["align"] != "eyes":
-            raise BundleError(f"this release feeds one eye-aligned RGB input named 'frame'; found {raw['inputs']}")
-        shape = tuple(frame["shape"])
-        if len(shape) != 4 or shape[:2] != ("batch", 3) or shape[2] != shape[3] or frame["dtype"] != "float32":
-            raise BundleError(f"input 'frame': expected float32 (batch, 3, side, side), found {frame['dtype']} {shape}")
-        std = tuple(float(v) for v in frame["std"])
-        mean = tuple(float(v) for v in frame["mean"])
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise BundleError(f"input 'frame': mean {mean} and std {std} need three numbers each, std above 0")
-        outputs = tuple(_output(o) for o in raw["outputs"])
+        inputs = tuple(read_input(i) for i in raw["inputs"])
+        if not inputs or len({type(i) for i in inputs}) != len(inputs):
+            raise BundleError(
+                f"this release feeds at most one picture, one set of landmarks and one sound; found {raw['inputs']}"
+            )
+        outputs = tuple(read_output(o) for o in raw["outputs"])
         graphs = tuple(_graph(g) for g in raw["graphs"])
         files = {_inside(name): _digest(value, name) for name, value in raw["files"].items()}
         files |= {g.file: g.sha256 for g in graphs}
+        for graph in graphs:
+            if graph.data is not None and graph.data not in files:
+                raise BundleError(f"graph {graph.role!r}: its data {graph.data!r} is not among the listed files")
         clock = Clock(float(raw["clock"]["frame_interval_s"]), bool(raw["clock"]["variable_dt"]))
         if not clock.frame_interval_s > 0:
             raise BundleError(f"clock: frame_interval_s is {clock.frame_interval_s}, expected above 0")
@@ -156,12 +161,9 @@ class Manifest:
             licence=str(model["licence"]),
             weights_sha256=_digest(model["weights_sha256"], "model.weights_sha256"),
             trained=bool(model["trained"]),
-            image_px=int(shape[2]),
-            mean=mean,
-            std=std,
+            inputs=inputs,
             outputs=outputs,
-            states=tuple(_tensor(s) for s in raw["states"]),
-            initial={s["name"]: float(s["init"]) for s in raw["states"]},
+            states=tuple(read_state(s) for s in raw["states"]),
             clock=clock,
             graphs=graphs,
             files=files,
@@ -177,34 +179,15 @@ def to_text(raw: Mapping[str, Any]) -> str:
     return json.dumps(content | {"manifest_sha256": digest}, indent=1) + "\n"
 
 
-def _tensor(raw: Mapping[str, Any]) -> Tensor:
-    shape: Shape = tuple(raw["shape"])
-    sizes = [d for d in shape if d != "batch"]
-    if shape.count("batch") != 1 or any(not isinstance(d, int) or isinstance(d, bool) or d < 1 for d in sizes):
-        raise BundleError(f"{raw['name']!r}: shape {shape} needs exactly one 'batch' and otherwise positive sizes")
-    if raw["dtype"] not in ("float32", "float16", "int8"):
-        raise BundleError(f"{raw['name']!r}: dtype {raw['dtype']!r} is none of float32, float16, int8")
-    return Tensor(str(raw["name"]), shape, str(raw["dtype"]))
-
-
-def _output(raw: Mapping[str, Any]) -> Output:
-    if raw["kind"] not in _KINDS:
-        raise BundleError(f"output {raw['name']!r}: kind {raw['kind']!r} is none of {', '.join(_KINDS)}")
-    low, high = raw["range"]
-    labels = tuple(str(label) for label in raw.get("labels", ()))
-    if raw["kind"] != "regression" and not labels:
-        raise BundleError(f"output {raw['name']!r}: kind {raw['kind']} needs labels")
-    return Output(str(raw["name"]), str(raw["kind"]), (float(low), float(high)), labels, str(raw["signal"]))
-
-
 def _graph(raw: Mapping[str, Any]) -> Graph:
     return Graph(
         str(raw["role"]),
         _inside(raw["file"]),
         _digest(raw["sha256"], raw["file"]),
         dict(raw["precision"]),
-        tuple(_tensor(t) for t in raw["inputs"]),
-        tuple(_tensor(t) for t in raw["outputs"]),
+        tuple(read_tensor(t) for t in raw["inputs"]),
+        tuple(read_tensor(t) for t in raw["outputs"]),
+        _inside(raw["data"]) if raw.get("data") is not None else None,
     )
 
 

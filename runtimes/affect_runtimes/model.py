@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from affect_runtimes.audio import encoder_inputs
 from affect_runtimes.base import open_engine
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import InputError, StateError
-from affect_runtimes.preprocess import normalise
+from affect_runtimes.preprocess import prepare_crops
 from affect_runtimes.state import State
 
 __all__ = ["BundleModel"]
@@ -35,16 +36,16 @@ class BundleModel:
         self._encoder = open_engine(self.bundle, "encoder", threads)
         self._step = open_engine(self.bundle, "step", threads)
         self._states = manifest.states
+        self._in_graph = [t.name for t in manifest.states if t.kept_by == "graph"]
         self._axes = {t.name: t.batch_axis for t in manifest.states}
         self._outputs = [o.name for o in manifest.outputs]
 
     def initial_state(self, batch: int = 1) -> State:
-        """The state of streams that have seen nothing."""
+        """The state of streams that have seen and heard nothing."""
         if batch < 1:
             raise InputError(f"batch is {batch}, expected at least 1")
-        initial = self.bundle.manifest.initial
-        arrays = {t.name: np.full(t.sized(batch), initial[t.name], t.dtype) for t in self._states}
-        return State(self.bundle.manifest.weights_sha256, arrays, self._axes)
+        arrays = {t.name: np.full(t.sized(batch), t.initial, t.dtype) for t in self._states}
+        return State(self.bundle.manifest.weights_sha256, arrays, self._axes, batch)
 
     def check_state(self, state: Any, batch: int) -> State:
         """Returns the state unchanged if this model can go on from it.
@@ -65,32 +66,73 @@ class BundleModel:
             if array is None or array.shape != tensor.sized(batch) or array.dtype != np.dtype(tensor.dtype):
                 found = "nothing" if array is None else f"{array.dtype} {array.shape}"
                 raise StateError(f"state {tensor.name!r}: expected {tensor.dtype} {tensor.sized(batch)}, found {found}")
+        if state.batch != batch:
+            raise StateError(f"the state holds {state.batch} streams, the inputs {batch}")
         return state
 
-    def normalise(self, crops: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(batch, side, side, 3) pixels in [0, 255] -> the encoder's input."""
-        manifest = self.bundle.manifest
-        return normalise(crops, manifest.mean, manifest.std)
+    def normalise(self, crops: NDArray[Any]) -> NDArray[np.float32]:
+        """(batch, side, side, 3) pixels in [0, 255] -> the encoder's picture, filtered and normalised.
 
-    def encode(self, frames: NDArray[np.float32]) -> Array:
-        """Normalised frames (batch, 3, side, side) -> features (batch, d); no memory."""
-        return self._encoder.run({"frame": frames})["features"]
+        Raises:
+            InputError: the model sees no picture.
+        """
+        image = self.bundle.manifest.image
+        if image is None:
+            raise InputError(f"{self.bundle.model_name} takes no picture; it takes {self._inputs_in_words()}")
+        return prepare_crops(image, crops)
 
-    def step(
-        self, frames: NDArray[np.float32], state: State, dt: Sequence[float] | float = 1.0
-    ) -> tuple[dict[str, Array], State]:
-        """One frame of every stream: normalised frames (batch, 3, side, side), as the float model's `step`."""
-        return self.step_features(self.encode(frames), state, dt)
-
-    def step_features(
-        self, features: Array, state: State, dt: Sequence[float] | float = 1.0
-    ) -> tuple[dict[str, Array], State]:
-        """One recurrent step from encoded frames.
+    def perceive(self, inputs: Mapping[str, Array], state: State) -> tuple[dict[str, Array], dict[str, Array]]:
+        """What the encoder takes at this step, and the rings of sound after it.
 
         Args:
-            features: (batch, d) of `encode`.
+            inputs: by the manifest's names: pictures (batch, 3, side, side) from `normalise`, landmarks (batch, n, 2),
+                sound (batch, samples) in [-1, 1]. Optional sound may be left out, or given with `NAME_present`
+                (batch,), 1 or 0.
+            state: of the same streams.
+
+        Raises:
+            InputError: an input is missing, or one that the model does not take.
+        """
+        seen, rings = dict(inputs), {}
+        audio = self.bundle.manifest.audio
+        if audio is not None:
+            chunk, present = seen.pop(audio.name, None), seen.pop(f"{audio.name}_present", None)
+            heard, rings[audio.name] = encoder_inputs(audio, state.arrays[audio.name], chunk, present)
+            seen |= heard
+        wanted = {t.name for i in self.bundle.manifest.inputs for t in i.graph_inputs}
+        if set(seen) != wanted:
+            raise InputError(f"{self.bundle.model_name} takes {self._inputs_in_words()}; found {sorted(inputs)}")
+        return seen, rings
+
+    def encode(self, seen: Mapping[str, Array]) -> dict[str, Array]:
+        """The memoryless half of a step: what `perceive` gives -> features by name, (batch, ...) each."""
+        return self._encoder.run(seen)
+
+    def step(
+        self, inputs: Mapping[str, Array], state: State, dt: Sequence[float] | NDArray[Any] | float = 1.0
+    ) -> tuple[dict[str, Array], State]:
+        """One moment of every stream, as the float model's `step`; inputs as for `perceive`."""
+        if isinstance(state, State):
+            self.check_state(state, state.batch)
+        else:
+            self.check_state(state, 1)
+        seen, rings = self.perceive(inputs, state)
+        return self.step_features(self.encode(seen), state, dt, rings)
+
+    def step_features(
+        self,
+        features: Mapping[str, Array],
+        state: State,
+        dt: Sequence[float] | NDArray[Any] | float = 1.0,
+        rings: Mapping[str, Array] | None = None,
+    ) -> tuple[dict[str, Array], State]:
+        """One recurrent step from encoded moments.
+
+        Args:
+            features: of `encode`.
             state: of the same number of streams.
             dt: time since each stream's last step over the trained frame interval; positive and finite.
+            rings: of `perceive`; None leaves those of the state as they are.
 
         Returns:
             Outputs (batch, ...) by name, and the next state.
@@ -99,12 +141,14 @@ class BundleModel:
             StateError: see `check_state`.
             InputError: a dt that is not positive and finite.
         """
-        batch = features.shape[0]
+        batch = len(next(iter(features.values())))
         self.check_state(state, batch)
         intervals = np.broadcast_to(np.asarray(dt, np.float32), (batch,)).copy()
         if not (np.isfinite(intervals).all() and (intervals > 0).all()):
             raise InputError(f"dt is time over the trained frame interval, finite and above 0; found {dt}")
-        inputs: Mapping[str, Array] = {"features": features, "dt": intervals} | state.arrays
-        results = self._step.run(inputs)
-        arrays = {t.name: results[f"next_{t.name}"] for t in self._states}
-        return {name: results[name] for name in self._outputs}, State(state.model, arrays, self._axes)
+        results = self._step.run({**features, "dt": intervals, **{n: state.arrays[n] for n in self._in_graph}})
+        arrays = {**state.arrays, **(rings or {}), **{n: results[f"next_{n}"] for n in self._in_graph}}
+        return {name: results[name] for name in self._outputs}, State(state.model, arrays, self._axes, batch)
+
+    def _inputs_in_words(self) -> str:
+        return ", ".join(i.name for i in self.bundle.manifest.inputs)

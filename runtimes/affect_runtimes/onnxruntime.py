@@ -1,6 +1,7 @@
 """ONNX Runtime on the CPU."""
 
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int
 class OnnxRuntimeEngine(GraphEngine):
     """A session on the CPU provider. `InferenceSession.run` is thread-safe, so one engine serves many streams."""
 
-    def _load(self, data: bytes, threads: int) -> tuple[list[Tensor], list[Tensor]]:
+    def _load(self, data: bytes, external: bytes | None, threads: int) -> tuple[list[Tensor], list[Tensor]]:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -31,8 +32,11 @@ class OnnxRuntimeEngine(GraphEngine):
         options.log_severity_level = 3
         # Without VNNI the default S8S8 kernels saturate; this keeps INT8 graphs exact on every x86.
         options.add_session_config_entry("session.x64quantprecision", "1")
+        if external is not None:
+            name = PurePosixPath(str(self.graph.data)).name
+            options.add_external_initializers_from_files_in_memory([name], [external], [len(external)])
         try:
-            # From bytes: the verified ones, and a graph that points to data in other files cannot load.
+            # From bytes: the verified ones, and a graph that points to data in a file that nobody verified cannot load.
             self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
             raise BundleError(f"{self.graph.file}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
@@ -43,9 +47,9 @@ class OnnxRuntimeEngine(GraphEngine):
         return dict(zip(self._names, self._session.run(None, dict(inputs)), strict=True))
 
 
-def create(graph: Graph, data: bytes, threads: int) -> OnnxRuntimeEngine:
+def create(graph: Graph, data: bytes, external: bytes | None, threads: int) -> OnnxRuntimeEngine:
     """Opens a graph; see `affect_runtimes.base.open_engine`."""
-    return OnnxRuntimeEngine(graph, data, threads)
+    return OnnxRuntimeEngine(graph, data, external, threads)
 
 
 def _tensor(node: Any) -> Tensor:

@@ -12,8 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affect_runtimes.errors import InputError
+from affect_runtimes.filters import apply_filters
+from affect_runtimes.interface import ImageInput
 
-__all__ = ["LEFT_EYE", "RIGHT_EYE", "align_face", "check_crop", "check_frame", "eye_transform", "normalise"]
+__all__ = [
+    "LEFT_EYE",
+    "RIGHT_EYE",
+    "align_face",
+    "check_crop",
+    "check_frame",
+    "crop_box",
+    "eye_transform",
+    "normalise",
+    "prepare_crops",
+]
 
 Float = NDArray[np.float32]
 
@@ -144,6 +156,59 @@ def align_face(
         matrix = np.column_stack([matrix[:, :2] * ratio, matrix[:, 2] + matrix[:, :2] @ (ratio * 0.5 - 0.5)])
     crop = cv2.warpAffine(picture, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(crop, np.uint8)
+
+
+def crop_box(
+    frame: NDArray[np.uint8], box: tuple[float, float, float, float], size: int, growth: float = 0.0
+) -> NDArray[np.uint8]:
+    """Cuts the upright square around a face box, for models that were trained on boxes and not on aligned eyes.
+
+    Args:
+        frame: (H, W, 3) uint8, RGB.
+        box: (x, y, width, height) in pixels.
+        size: side of the crop in pixels.
+        growth: added to each side, as a fraction of the box; the longer side decides, so nothing is distorted.
+
+    Returns:
+        (size, size, 3) uint8, RGB. Parts outside the frame repeat its edge.
+
+    Raises:
+        InputError: see `check_frame`; a box that is not finite or has no area.
+    """
+    import cv2
+
+    picture = check_frame(frame)
+    x, y, width, height = (float(v) for v in box)
+    if not np.isfinite([x, y, width, height]).all() or min(width, height) <= 0:
+        raise InputError(f"a face box is (x, y, width, height) in pixels with an area; found {box}")
+    side = max(width, height) * (1 + 2 * growth)
+    centre = np.array([x + width / 2, y + height / 2])
+    low, high = np.floor(centre - side / 2).astype(int), np.ceil(centre + side / 2).astype(int)
+    bottom, right = picture.shape[:2]
+    inside = picture[max(low[1], 0) : max(high[1], 1), max(low[0], 0) : max(high[0], 1)]
+    if 0 in inside.shape:
+        raise InputError(f"the face box {box} lies outside the frame of {right} x {bottom} pixels")
+    border = [max(-low[1], 0), max(high[1] - bottom, 0), max(-low[0], 0), max(high[0] - right, 0)]
+    square = cv2.copyMakeBorder(inside, *(int(b) for b in border), cv2.BORDER_REPLICATE)
+    shrinks = square.shape[0] > size
+    crop = cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return np.asarray(crop, np.uint8)
+
+
+def prepare_crops(spec: ImageInput, crops: NDArray[Any]) -> Float:
+    """Crops to the encoder's input: the manifest's filters, then normalisation.
+
+    Args:
+        spec: of the manifest.
+        crops: (batch, size, size, 3) RGB in [0, 255], uint8 or float32.
+
+    Returns:
+        (batch, 3, size, size) float32, C-contiguous.
+    """
+    if spec.filters:
+        pixels = crops if crops.dtype == np.uint8 else np.rint(crops).clip(0, 255).astype(np.uint8)
+        crops = np.stack([apply_filters(crop, spec.filters) for crop in pixels])
+    return normalise(crops.astype(np.float32), spec.mean, spec.std)
 
 
 def normalise(crops: Float, mean: Sequence[float], std: Sequence[float]) -> Float:

@@ -24,14 +24,23 @@ class State:
 
     Attributes:
         model: digest of the weights that it belongs to.
-        arrays: name -> read-only array with a batch axis.
+        arrays: name -> read-only array with a batch axis; empty for a model that carries nothing.
         axes: name -> which axis is the batch.
+        batch: how many streams lie side by side.
     """
 
-    __slots__ = ("arrays", "axes", "model")
+    __slots__ = ("arrays", "axes", "batch", "model")
 
-    def __init__(self, model: str, arrays: Mapping[str, Array], axes: Mapping[str, int]) -> None:
+    def __init__(
+        self, model: str, arrays: Mapping[str, Array], axes: Mapping[str, int], batch: int | None = None
+    ) -> None:
         """Takes the arrays without copying and marks them read-only.
+
+        Args:
+            model: see above.
+            arrays: see above.
+            axes: see above.
+            batch: number of streams; None reads it from the arrays.
 
         Raises:
             StateError: the arrays disagree on the batch, or names and axes differ.
@@ -41,16 +50,15 @@ class State:
         sizes = {name: array.shape[axes[name]] for name, array in arrays.items()}
         if len(set(sizes.values())) > 1:
             raise StateError(f"the arrays of one state disagree on the number of streams: {sizes}")
+        found = next(iter(sizes.values()), 1 if batch is None else batch)
+        if batch not in (None, found):
+            raise StateError(f"the arrays of one state hold {found} streams, but it is said to hold {batch}")
         for array in arrays.values():
             array.setflags(write=False)
         self.model = model
         self.arrays: dict[str, Array] = dict(arrays)
         self.axes: dict[str, int] = dict(axes)
-
-    @property
-    def batch(self) -> int:
-        """How many streams lie side by side; 1 for a model that carries nothing."""
-        return next((a.shape[self.axes[n]] for n, a in self.arrays.items()), 1)
+        self.batch = found
 
     @staticmethod
     def stack(states: Sequence["State"]) -> "State":
@@ -70,7 +78,7 @@ class State:
         arrays = {
             name: np.concatenate([s.arrays[name] for s in states], axis=axis) for name, axis in first.axes.items()
         }
-        return State(first.model, arrays, first.axes)
+        return State(first.model, arrays, first.axes, sum(s.batch for s in states))
 
     def split(self, n: int) -> list["State"]:
         """The inverse of `stack`: n states of one stream each.
@@ -82,13 +90,14 @@ class State:
             raise StateError(f"asked to split into {n} streams, but the state holds {self.batch}")
         pieces = {name: np.split(a, n, axis=self.axes[name]) for name, a in self.arrays.items()}
         # Copies: a view would keep every stream's arrays alive as long as one of them lives.
-        return [State(self.model, {k: v[i].copy() for k, v in pieces.items()}, self.axes) for i in range(n)]
+        return [State(self.model, {k: v[i].copy() for k, v in pieces.items()}, self.axes, 1) for i in range(n)]
 
     def to_bytes(self) -> bytes:
         """Exactly this state, to be stored or sent; `from_bytes` restores it bit for bit."""
         header = json.dumps(
             {
                 "model": self.model,
+                "batch": self.batch,
                 "arrays": [[k, str(a.dtype), list(a.shape), self.axes[k]] for k, a in self.arrays.items()],
             }
         ).encode()
@@ -126,7 +135,7 @@ class State:
                 at += arrays[name].nbytes
             if at != len(content):
                 raise StateError(f"the saved state has {len(content) - at} bytes too many")
-            return cls(str(header["model"]), arrays, axes)
+            return cls(str(header["model"]), arrays, axes, int(header["batch"]))
         except (KeyError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, StateError):
                 raise

@@ -33,14 +33,18 @@ def replay(model: BundleModel) -> list[Figure]:
     manifest = model.bundle.manifest
     recorded = _load(model)
     try:
-        crops, dt = recorded["crops"], recorded["dt"]
+        dt = recorded["dt"]
+        given = {k.removeprefix("input."): v for k, v in recorded.items() if k.startswith("input.")}
         expected = {o.name: recorded[f"output.{o.name}"] for o in manifest.outputs}
         expected |= {f"state.{s.name}": recorded[f"state.{s.name}"] for s in manifest.states}
     except KeyError as error:
         raise BundleError(f"{model.bundle.path}: verify.npz lacks {error}; export the bundle again") from None
     state, steps = model.initial_state(1), []
-    for crop, interval in zip(crops, dt, strict=True):
-        outputs, state = model.step(model.normalise(crop[None].astype(np.float32)), state, float(interval))
+    for t, interval in enumerate(dt):
+        inputs = {name: values[t][None] for name, values in given.items()}
+        if manifest.image is not None:
+            inputs[manifest.image.name] = model.normalise(inputs[manifest.image.name])
+        outputs, state = model.step(inputs, state, float(interval))
         steps.append(outputs | {f"state.{name}": array for name, array in state.arrays.items()})
     found = {name: np.stack([s[name] for s in steps]) for name in expected}
     kinds = {o.name: o.kind for o in manifest.outputs} | {f"state.{s.name}": "regression" for s in manifest.states}

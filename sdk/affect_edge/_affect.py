@@ -60,6 +60,7 @@ def make_affect(
     track_id: int | None = None,
     box: Box | None = None,
     landmarks: NDArray[np.float32] | None = None,
+    audio_missing: bool | None = None,
 ) -> Affect:
     """One row of a batched step as an Affect; labels come from the manifest."""
     values: dict[str, float] = {}
@@ -83,6 +84,7 @@ def make_affect(
         eye_closure=values.get("eye_closure"),
         quadrant=_top(tables.get("quadrant")),
         vocal_emotion=_top(tables.get("vocal_emotion")),
+        audio_missing=audio_missing,
     )
 
 

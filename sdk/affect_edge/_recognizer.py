@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from affect_edge._affect import Affect, make_affect
+from affect_edge._inputs import check_inputs
+from affect_runtimes.audio import Audio
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import BundleError, InputError
 from affect_runtimes.model import BundleModel
-from affect_runtimes.preprocess import check_crop
 from affect_runtimes.state import State
 from affect_runtimes.verify import replay_elsewhere
 
@@ -68,8 +68,15 @@ class Recognizer:
 
     @property
     def crop_px(self) -> int:
-        """Side of the face crop that `step` takes, in pixels."""
-        return self.bundle.manifest.image_px
+        """Side of the face crop that `step` takes, in pixels.
+
+        Raises:
+            InputError: the model sees no picture.
+        """
+        image = self.bundle.manifest.image
+        if image is None:
+            raise InputError(f"{self.bundle.model_name} takes no picture, so it has no crop")
+        return image.size
 
     @property
     def frame_interval_s(self) -> float:
@@ -80,46 +87,69 @@ class Recognizer:
         """The state of a stream that has seen nothing."""
         return self._model.initial_state()
 
-    def step(self, face_crop: NDArray[Any], state: State, dt: float = 1.0) -> tuple[Affect, State]:
-        """One face, one frame; nothing is remembered but the returned state.
+    def step(
+        self,
+        face_crop: NDArray[Any] | None,
+        state: State,
+        dt: float = 1.0,
+        *,
+        landmarks: NDArray[Any] | None = None,
+        audio: Audio | None = None,
+    ) -> tuple[Affect, State]:
+        """One face, one moment; nothing is remembered but the returned state.
 
         Args:
-            face_crop: (crop_px, crop_px, 3) RGB, uint8 or float in [0, 255], aligned by the eyes
-                (`affect_runtimes.preprocess.align_face`).
+            face_crop: (crop_px, crop_px, 3) RGB, uint8 or float in [0, 255], cut as the manifest says: by the eyes
+                (`affect_runtimes.preprocess.align_face`) or by the box (`crop_box`). None for a model that only hears.
             state: from `initial_state` or the last step. It is not changed.
             dt: time since the last step over `frame_interval_s`, above 0.
+            landmarks: (68, 2) fractions of the crop in the iBUG order, for models that take them.
+            audio: what was heard since the last step, for models that hear. One that can do without says
+                `audio_missing` in its result when it is None.
 
         Returns:
             The result and the next state.
 
         Raises:
-            InputError: a crop of another shape or dtype, not finite or out of range; a dt that is not above 0.
+            InputError: an input of another shape or dtype, not finite or out of range; one that the model lacks or
+                does not take; a dt that is not above 0.
             StateError: a state of another model.
         """
-        affects, states = self.step_many([face_crop], [state], [dt])
+        affects, states = self.step_many([face_crop], [state], [dt], landmarks=[landmarks], audio=[audio])
         return affects[0], states[0]
 
     def step_many(
-        self, face_crops: Sequence[NDArray[Any]], states: Sequence[State], dts: Sequence[float]
+        self,
+        face_crops: Sequence[NDArray[Any] | None],
+        states: Sequence[State],
+        dts: Sequence[float],
+        *,
+        landmarks: Sequence[NDArray[Any] | None] | None = None,
+        audio: Sequence[Audio | None] | None = None,
     ) -> tuple[list[Affect], list[State]]:
         """Several faces in one batched step; otherwise as `step`, one entry a face."""
-        if not len(face_crops) == len(states) == len(dts):
+        count = len(face_crops)
+        landmarks = [None] * count if landmarks is None else landmarks
+        audio = [None] * count if audio is None else audio
+        if not count == len(states) == len(dts) == len(landmarks) == len(audio):
             raise InputError(
-                "one state and one dt for each crop: "
-                f"found {len(face_crops)} crops, {len(states)} states, {len(dts)} dts"
+                "one state, one dt and, where given, one landmarks and one audio for each crop: "
+                f"found {count} crops, {len(states)} states, {len(dts)} dts, {len(landmarks)} landmarks, "
+                f"{len(audio)} audio"
             )
         if not face_crops:
             return [], []
+        inputs = check_inputs(self.bundle.manifest, face_crops, landmarks, audio)
+        if (image := self.bundle.manifest.image) is not None:
+            inputs[image.name] = self._model.normalise(inputs[image.name])
         joined = State.stack([self._model.check_state(s, 1) for s in states])
-        outputs, following = self._model.step_features(self.encode(face_crops), joined, dts)
-        count = len(face_crops)
-        return [make_affect(self.bundle.manifest, outputs, i) for i in range(count)], following.split(count)
-
-    def encode(self, face_crops: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
-        """The memoryless half of a step: crops -> features (n, d), for callers that time or cache it apart."""
-        crops = np.stack([check_crop(crop, self.crop_px) for crop in face_crops])
-        features: NDArray[np.float32] = self._model.encode(self._model.normalise(crops))
-        return features
+        outputs, following = self._model.step(inputs, joined, dts)
+        missing = None if self.bundle.manifest.audio is None else [a is None for a in audio]
+        affects = [
+            make_affect(self.bundle.manifest, outputs, i, audio_missing=None if missing is None else missing[i])
+            for i in range(count)
+        ]
+        return affects, following.split(count)
 
     def stream(
         self,

@@ -12,7 +12,7 @@ from affect_edge._faces import FaceDetector, MtcnnDetector
 from affect_edge._tracking import FaceTracker, TrackedFace, TrackerSettings
 from affect_runtimes.errors import InputError
 from affect_runtimes.model import BundleModel
-from affect_runtimes.preprocess import align_face, check_frame
+from affect_runtimes.preprocess import align_face, check_frame, crop_box
 from affect_runtimes.state import State
 
 __all__ = ["Stream"]
@@ -31,6 +31,13 @@ class Stream:
     ) -> None:
         if not max_gap_s > 0:
             raise InputError(f"max_gap_s is {max_gap_s}, expected above 0")
+        manifest = model.bundle.manifest
+        if manifest.image is None or manifest.landmarks is not None or manifest.audio is not None:
+            raise InputError(
+                f"a stream feeds face crops alone; {manifest.model_name} takes "
+                f"{', '.join(i.name for i in manifest.inputs)}: call Recognizer.step with them"
+            )
+        self._image = manifest.image
         self._model = model
         self._tracker = FaceTracker(detector or MtcnnDetector(), settings or TrackerSettings())
         self._max_gap_s = max_gap_s
@@ -60,7 +67,7 @@ class Stream:
         started = time.perf_counter()
         faces = sorted(filter(_readable, self._tracker.update(picture, now)), key=lambda f: f.track_id)
         manifest = self._model.bundle.manifest
-        crops = [align_face(picture, face.landmarks[:2], manifest.image_px) for face in faces]
+        crops = [self._crop(picture, face) for face in faces]
         self._last_s = now
         detected = time.perf_counter()
         self.timings = {"detect": detected - started}
@@ -68,7 +75,7 @@ class Stream:
             self._forget(now)
             return []
         states, dts = zip(*(self._resume(face.track_id, now) for face in faces), strict=True)
-        features = self._model.encode(self._model.normalise(np.stack(crops).astype(np.float32)))
+        features = self._model.encode({self._image.name: self._model.normalise(np.stack(crops))})
         encoded = time.perf_counter()
         outputs, following = self._model.step_features(features, State.stack(states), dts)
         for face, state in zip(faces, following.split(len(faces)), strict=True):
@@ -90,6 +97,11 @@ class Stream:
     def states(self) -> dict[int, State]:
         """The present state of every face by track_id: values, to be looked at or stored."""
         return {track: state for track, (state, _) in self._tracks.items()}
+
+    def _crop(self, picture: NDArray[np.uint8], face: TrackedFace) -> NDArray[np.uint8]:
+        if self._image.align == "box":
+            return crop_box(picture, face.box, self._image.size, self._image.growth)
+        return align_face(picture, face.landmarks[:2], self._image.size)
 
     def _check_time(self, timestamp_s: Any) -> float:
         try:

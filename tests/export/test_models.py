@@ -116,7 +116,7 @@ def test_any_split_of_a_sequence_gives_the_whole(data: st.DataObject, seed: int,
     model = checkpoint.model
     g = torch.Generator().manual_seed(seed)
     steps, batch = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
-    features = torch.randn(batch, steps, model.config.d_model, generator=g)
+    features = {"features": torch.randn(batch, steps, model.config.d_model, generator=g)}
     dt = torch.rand(batch, steps, generator=g) * 3 + 0.1
     with torch.no_grad():
         whole, last = model.forward_features(features, None, dt)
@@ -124,10 +124,12 @@ def test_any_split_of_a_sequence_gives_the_whole(data: st.DataObject, seed: int,
         state, parts = model.initial_state(batch), []
         for start, stop in pairwise(cuts):
             if stop - start == 1:
-                out, state = model.step_features(features[:, start], state, dt[:, start])
+                out, state = model.step_features({"features": features["features"][:, start]}, state, dt[:, start])
                 out = {k: v.unsqueeze(1) for k, v in out.items()}
             else:
-                out, state = model.forward_features(features[:, start:stop], state, dt[:, start:stop])
+                out, state = model.forward_features(
+                    {"features": features["features"][:, start:stop]}, state, dt[:, start:stop]
+                )
             parts.append(out)
     for name in whole:
         torch.testing.assert_close(torch.cat([p[name] for p in parts], 1), whole[name], atol=STEP_TOLERANCE, rtol=0)
@@ -136,11 +138,10 @@ def test_any_split_of_a_sequence_gives_the_whole(data: st.DataObject, seed: int,
 
 
 def test_sequence_step_and_exported_step_agree_on_the_clip(checkpoint: Checkpoint, model: BundleModel) -> None:
-    config = checkpoint.model.config
-    for sequence in parity_sequences(config.image_px, config.mean, config.std):
-        whole, last = graphs.run_sequence_form(checkpoint.model, sequence.frames, sequence.dt)
-        steps, states = graphs.run_step_form(checkpoint.model, sequence.frames, sequence.dt)
-        exported, exported_states = graphs.run_bundle(model, sequence.frames, sequence.dt)
+    for sequence in parity_sequences(checkpoint.model.inputs()):
+        whole, last = graphs.run_sequence_form(checkpoint.model, sequence.inputs, sequence.dt)
+        steps, states = graphs.run_step_form(checkpoint.model, sequence.inputs, sequence.dt)
+        exported, exported_states = graphs.run_bundle(model, sequence.inputs, sequence.dt)
         for name in whole:
             np.testing.assert_allclose(steps[name], whole[name], atol=STEP_TOLERANCE, err_msg=f"{sequence.name} {name}")
             np.testing.assert_allclose(exported[name], steps[name], atol=EXPORT_TOLERANCE, err_msg=name)
@@ -153,20 +154,21 @@ def test_the_scan_matters_in_the_test_weights(checkpoint: Checkpoint) -> None:
     """With the scan's input set to zero the outputs move far beyond every tolerance used here."""
     model = Student(checkpoint.model.config).eval()
     model.load_state_dict(checkpoint.model.state_dict())
-    sequence = random_sequence(model.config.image_px, 12, 1)
-    before, _ = graphs.run_step_form(model, sequence.frames, sequence.dt)
+    sequence = random_sequence(model.inputs(), 12, 1)
+    before, _ = graphs.run_step_form(model, sequence.inputs, sequence.dt)
     with torch.no_grad():
         for _, block in model._layers():
             rank = block.config.rank
             block.x_proj.weight[rank : rank + block.config.d_state] = 0.0
-    after, _ = graphs.run_step_form(model, sequence.frames, sequence.dt)
+    after, _ = graphs.run_step_form(model, sequence.inputs, sequence.dt)
     assert np.abs(after["valence"] - before["valence"]).max() > 100 * EXPORT_TOLERANCE
 
 
 def test_dt_of_one_changes_nothing_and_other_values_do(checkpoint: Checkpoint) -> None:
     student = checkpoint.model
     g = torch.Generator().manual_seed(3)
-    features, ones = torch.randn(2, 6, student.config.d_model, generator=g), torch.ones(2, 6)
+    features = {"features": torch.randn(2, 6, student.config.d_model, generator=g)}
+    ones = torch.ones(2, 6)
     with torch.no_grad():
         without, _ = student.forward_features(features)
         with_ones, _ = student.forward_features(features, None, ones)
@@ -184,9 +186,11 @@ def test_shipped_sizes_are_those_promised() -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_any_batch_is_the_single_streams_side_by_side(model: BundleModel, batch: int) -> None:
-    sequence = random_sequence(model.bundle.manifest.image_px, 6, batch, seed=batch)
-    together, _ = graphs.run_bundle(model, sequence.frames, sequence.dt)
+    sequence = random_sequence(model.bundle.manifest.inputs, 6, batch, seed=batch)
+    together, _ = graphs.run_bundle(model, sequence.inputs, sequence.dt)
     for i in range(batch):
-        alone, _ = graphs.run_bundle(model, sequence.frames[:, i : i + 1], sequence.dt[:, i : i + 1])
+        alone, _ = graphs.run_bundle(
+            model, {k: v[:, i : i + 1] for k, v in sequence.inputs.items()}, sequence.dt[:, i : i + 1]
+        )
         for name in together:
             np.testing.assert_allclose(together[name][:, i : i + 1], alone[name], atol=1e-5)

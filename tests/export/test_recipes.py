@@ -161,7 +161,7 @@ def test_missing_data_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_both_stages_run_end_to_end_and_leave_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random pictures: nothing is learned, everything is exercised."""
-    from affect_export.models.checkpoint import load_student
+    from affect_export.models.checkpoint import load_model
 
     monkeypatch.setattr(sequences, "BATCHES", 2)
     monkeypatch.setattr(sequences, "BATCH_STILLS", 4)
@@ -184,7 +184,7 @@ def test_both_stages_run_end_to_end_and_leave_a_checkpoint(tmp_path: Path, monke
         epochs=2, batch_fer=8, batch_photographs=4, batch_clips=2, pseudo_from_epoch=1, sequence_epochs=1
     )
     table = student.build(sources, recipe, StudentConfig.tiny(), tmp_path)
-    loaded = load_student(tmp_path / "student.safetensors")
+    loaded = load_model("student", tmp_path / "student.safetensors")
     assert loaded.trained and isinstance(loaded.model, Student)
     assert table["ferplus_validation_as_published"]["majority_count"] == int(fer.validation.sum())
     assert "# Student" in (tmp_path / "MODEL_CARD.md").read_text()

@@ -1,6 +1,6 @@
 """Each comparison of the gate bites by itself: a toy recurrence, and runners that are wrong in one way each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -10,12 +10,14 @@ from affect_quantize.gate import ParitySequence, Trajectory, check_parity
 from affect_runtimes.compare import Bound
 
 Array = NDArray[np.float32]
+Inputs = Mapping[str, Array]
 BOUNDS = [Bound("*", "max_abs", 1e-4)]
 KINDS = {"valence": "regression"}
 
 
-def recurrence(frames: Array, dt: Array) -> Trajectory:
+def recurrence(inputs: Inputs, dt: Array) -> Trajectory:
     """h_t = h_{t-1} / 2 + dt * mean of the frame."""
+    frames = inputs["frame"]
     state, states = np.zeros(frames.shape[1], np.float32), []
     for frame, interval in zip(frames, dt, strict=True):
         state = state / 2 + interval * frame.mean((1, 2, 3))
@@ -23,20 +25,20 @@ def recurrence(frames: Array, dt: Array) -> Trajectory:
     return {"valence": np.tanh(np.stack(states))}, {"ssm": np.stack(states)}
 
 
-def scaled(frames: Array, dt: Array) -> Trajectory:
-    outputs, states = recurrence(frames, dt)
+def scaled(inputs: Inputs, dt: Array) -> Trajectory:
+    outputs, states = recurrence(inputs, dt)
     return {"valence": outputs["valence"] * 1.01}, states
 
 
-def other_state(frames: Array, dt: Array) -> Trajectory:
-    outputs, states = recurrence(frames, dt)
+def other_state(inputs: Inputs, dt: Array) -> Trajectory:
+    outputs, states = recurrence(inputs, dt)
     return outputs, {"ssm": states["ssm"] + 1}
 
 
-def mixes_streams(frames: Array, dt: Array) -> Trajectory:
+def mixes_streams(inputs: Inputs, dt: Array) -> Trajectory:
     """Right for one stream; side by side the streams leak into each other."""
-    outputs, states = recurrence(frames, dt)
-    if frames.shape[1] > 1:
+    outputs, states = recurrence(inputs, dt)
+    if dt.shape[1] > 1:
         outputs["valence"] = outputs["valence"][:, ::-1]
     return outputs, states
 
@@ -46,7 +48,9 @@ def sequences() -> list[ParitySequence]:
     rng = np.random.default_rng(0)
     return [
         ParitySequence(
-            f"{streams} streams", rng.random((5, streams, 3, 4, 4), np.float32), np.ones((5, streams), np.float32)
+            f"{streams} streams",
+            {"frame": rng.random((5, streams, 3, 4, 4), np.float32)},
+            np.ones((5, streams), np.float32),
         )
         for streams in (1, 3)
     ]
@@ -69,9 +73,9 @@ def sequences() -> list[ParitySequence]:
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_else(
-    reference: Callable[[Array, Array], Trajectory],
-    artefact: Callable[[Array, Array], Trajectory],
-    whole: Callable[[Array, Array], Trajectory],
+    reference: Callable[[Inputs, Array], Trajectory],
+    artefact: Callable[[Inputs, Array], Trajectory],
+    whole: Callable[[Inputs, Array], Trajectory],
     missed: set[tuple[str, str]],
     sequences: list[ParitySequence],
 ) -> None:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from affect_quantize.training import TrainingConfig, ccc_loss, soft_cross_entropy, train
-from affect_runtimes.compare import ccc
+from affect_quantize.training import TrainingConfig, train
 
 STEPS = 20
 
@@ -77,19 +76,3 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(FloatingPointError, match="bad"):
         train(nn.Linear(3, 1), batches, broken, evaluate, "minus_error", TrainingConfig(1, STEPS), tmp_path)
-
-
-def test_ccc_loss_is_one_minus_ccc_and_respects_weights() -> None:
-    g = torch.Generator().manual_seed(0)
-    p, t = torch.randn(50, generator=g), torch.randn(50, generator=g)
-    assert float(ccc_loss(p, t, torch.ones(50))) == pytest.approx(1 - ccc(p.numpy(), t.numpy()), abs=1e-5)
-    weight = torch.cat([torch.ones(30), torch.zeros(20)])
-    assert float(ccc_loss(p, t, weight)) == pytest.approx(1 - ccc(p[:30].numpy(), t[:30].numpy()), abs=1e-5)
-
-
-def test_soft_cross_entropy_leaves_out_weight_zero() -> None:
-    logits = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
-    target = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    one = soft_cross_entropy(logits, target, torch.tensor([1.0, 0.0]))
-    assert float(one) == pytest.approx(float(torch.nn.functional.cross_entropy(logits[:1], torch.tensor([0]))))
-    assert float(soft_cross_entropy(logits, target, torch.zeros(2))) == 0.0

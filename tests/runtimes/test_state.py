@@ -16,7 +16,7 @@ def run(
 ) -> tuple[list[dict[str, NDArray[np.float32]]], State]:
     outputs = []
     for row in features:
-        out, state = model.step_features(row[None], state)
+        out, state = model.step_features({"features": row[None]}, state)
         outputs.append(out)
     return outputs, state
 
@@ -93,22 +93,22 @@ def test_a_state_of_another_model_is_refused_by_both_names(model: BundleModel) -
     own = model.initial_state()
     foreign = State("f" * 64, {k: v.copy() for k, v in own.arrays.items()}, own.axes)
     with pytest.raises(StateError, match=r"ffffffffffff.*initial_state"):
-        model.step_features(random_features(model, 1, 0), foreign)
+        model.step_features({"features": random_features(model, 1, 0)}, foreign)
     with pytest.raises(StateError, match="cannot stack"):
         State.stack([own, foreign])
     with pytest.raises(StateError, match="found NoneType"):
-        model.step_features(random_features(model, 1, 0), None)  # type: ignore[arg-type]
+        model.step_features({"features": random_features(model, 1, 0)}, None)  # type: ignore[arg-type]
     with pytest.raises(StateError, match="expected float32"):
-        model.step_features(random_features(model, 2, 0), own)
+        model.step_features({"features": random_features(model, 2, 0)}, own)
     wrong = State(own.model, {k: v.astype(np.float16) for k, v in own.arrays.items()}, own.axes)
     with pytest.raises(StateError, match="float16"):
-        model.step_features(random_features(model, 1, 0), wrong)
+        model.step_features({"features": random_features(model, 1, 0)}, wrong)
 
 
 @pytest.mark.parametrize("dt", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_dt_that_is_no_time_is_refused(dt: float, model: BundleModel) -> None:
     with pytest.raises(InputError, match="dt"):
-        model.step_features(random_features(model, 1, 0), model.initial_state(), dt)
+        model.step_features({"features": random_features(model, 1, 0)}, model.initial_state(), dt)
 
 
 def test_damaged_bytes_are_refused(model: BundleModel) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from affect_export.models.scan import selective_scan, selective_scan_step
+from affect_export.models import scan
 
 __all__ = ["Mamba", "MambaConfig", "MambaState"]
 
@@ -40,12 +40,12 @@ class MambaConfig:
     d_model: int
     d_state: int = 16
     d_conv: int = 4
-    expand: int = 2
+    expand: float = 2
     dt_rank: int | None = None
 
     @property
     def d_inner(self) -> int:
-        return self.expand * self.d_model
+        return int(self.expand * self.d_model)
 
     @property
     def rank(self) -> int:
@@ -75,6 +75,16 @@ class Mamba(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
+    def randomise_(self, generator: torch.Generator) -> None:
+        """Random weights with slow decay and a strong path through the state: at the usual start D hides the scan."""
+        inner, n = self.config.d_inner, self.config.d_state
+        with torch.no_grad():
+            self.A_log.copy_(torch.log(torch.arange(1.0, n + 1.0)).repeat(inner, 1))
+            self.D.normal_(0.0, 0.1, generator=generator)
+            self.x_proj.weight.normal_(0.0, 2.0 * inner**-0.5, generator=generator)
+            self.dt_proj.bias.normal_(-1.0, 0.3, generator=generator)
+            self.out_proj.weight.normal_(0.0, 2.0 * inner**-0.5, generator=generator)
+
     def initial_state(self, batch: int) -> MambaState:
         """Zeros: nothing seen yet."""
         config, like = self.config, self.D
@@ -101,7 +111,7 @@ class Mamba(nn.Module):
         signal = F.silu(F.conv1d(padded, self.conv1d.weight, self.conv1d.bias, groups=self.config.d_inner))
         signal = signal.transpose(1, 2)
         delta, b, c = self._selection(signal, None if dt is None else dt.unsqueeze(-1))
-        y, ssm = selective_scan(signal, delta, -torch.exp(self.A_log), b, c, self.D, ssm)
+        y, ssm = scan.selective_scan(signal, delta, -torch.exp(self.A_log), b, c, self.D, ssm)
         width = self.config.d_conv - 1
         return self.out_proj(y * F.silu(gate)), (padded[:, :, padded.shape[2] - width :], ssm)
 
@@ -121,7 +131,7 @@ class Mamba(nn.Module):
         window = torch.cat([conv, signal.unsqueeze(2)], dim=2)
         signal = F.silu((window * self.conv1d.weight.squeeze(1)).sum(2) + self._conv_bias)
         delta, b, c = self._selection(signal, None if dt is None else dt.unsqueeze(-1))
-        y, ssm = selective_scan_step(signal, delta, -torch.exp(self.A_log), b, c, self.D, ssm)
+        y, ssm = scan.selective_scan_step(signal, delta, -torch.exp(self.A_log), b, c, self.D, ssm)
         return self.out_proj(y * F.silu(gate)), (window[:, :, 1:], ssm)
 
     @property

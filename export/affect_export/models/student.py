@@ -13,24 +13,26 @@ Outputs, all bounded inside the model so that every engine returns the same kind
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from affect_export.models.base import AffectModel, ModelConfig, Tensors
 from affect_export.models.mamba import Mamba, MambaConfig
+from affect_runtimes.interface import ImageInput, Input, Output, StateTensor
+from affect_runtimes.interface import Tensor as Described
+from affect_runtimes.manifest import Clock
 
 __all__ = ["ACTION_UNITS", "EXPRESSIONS", "Student", "StudentConfig"]
 
 EXPRESSIONS = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
 ACTION_UNITS = ("AU1", "AU2", "AU4", "AU6", "AU7", "AU10", "AU12", "AU15", "AU24", "AU25", "AU26")
 
-Tensors = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(ModelConfig):
     """Sizes of the student.
 
     Attributes:
@@ -72,18 +74,6 @@ class StudentConfig:
         """A preset for tests: the same graph with under 50,000 parameters."""
         return cls(stem=(4, 8), widths=(8, 12, 16), depths=(1, 1, 1), d_model=16, d_state=4)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values from which `from_json` makes an equal configuration."""
-        values = asdict(self)
-        del values["mamba"]
-        return values
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "StudentConfig":
-        """The inverse of `to_json`, also after a round trip through JSON, where tuples became lists."""
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
-
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
@@ -124,11 +114,18 @@ class FrameEncoder(nn.Module):
         return features
 
 
-class Student(nn.Module):
+class Student(AffectModel):
     """Float model; `forward` over sequences and `step` for one frame share every weight.
 
     The state is a dict: `conv` (layers, B, d_inner, d_conv - 1) and `ssm` (layers, B, d_inner, d_state).
     """
+
+    NAME: ClassVar[str] = "student"
+    CONFIG: ClassVar[type[ModelConfig]] = StudentConfig
+    ENCODER_LAYERS: ClassVar[tuple[str, ...]] = ("conv", "linear")
+    STEP_LAYERS: ClassVar[tuple[str, ...]] = ("linear", "scan", "norm")
+
+    config: StudentConfig
 
     def __init__(self, config: StudentConfig | None = None) -> None:
         super().__init__()
@@ -146,52 +143,56 @@ class Student(nn.Module):
             }
         )
 
-    def initial_state(self, batch: int) -> Tensors:
-        """The state of `batch` streams that have seen nothing: zeros."""
-        states = [block.initial_state(batch) for _, block in self._layers()]
-        return {"conv": torch.stack([s[0] for s in states]), "ssm": torch.stack([s[1] for s in states])}
+    def inputs(self) -> tuple[Input, ...]:
+        c = self.config
+        return (ImageInput("frame", c.image_px, c.mean, c.std, "eyes"),)
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised crops -> (B, d_model) features; no memory."""
-        features: Tensor = self.encoder(frames)
-        return features
+    def features(self) -> tuple[Described, ...]:
+        return (Described("features", ("batch", self.config.d_model), "float32"),)
 
-    def forward(
-        self, inputs: Mapping[str, Tensor], state: Tensors | None = None, dt: Tensor | None = None
-    ) -> tuple[Tensors, Tensors]:
-        """A sequence.
+    def outputs(self) -> tuple[Output, ...]:
+        c = self.config
+        return (
+            Output("expression", "distribution", (0, 1), c.expressions, "label"),
+            Output("valence", "regression", (-1, 1), signal="proxy"),
+            Output("arousal", "regression", (-1, 1), signal="proxy"),
+            Output("action_units", "multilabel", (0, 1), c.action_units, "blendshape-derived"),
+            Output("eye_closure", "regression", (0, 1), signal="blendshape-derived"),
+        )
 
-        Args:
-            inputs: `frame` (B, T, 3, H, W), normalised.
-            state: of `initial_state`; None starts anew.
-            dt: (B, T); None is 1 everywhere.
+    def states(self) -> tuple[StateTensor, ...]:
+        c = self.config
+        inner = c.mamba.d_inner
+        return (
+            StateTensor("conv", (c.layers, "batch", inner, c.d_conv - 1), "float32"),
+            StateTensor("ssm", (c.layers, "batch", inner, c.d_state), "float32"),
+        )
 
-        Returns:
-            Outputs with (B, T) in front, and the state after the last frame.
-        """
-        frames = inputs["frame"]
-        features = self.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        return self.forward_features(features, state, dt)
+    def clock(self) -> Clock:
+        # Trained with frame-rate jitter.
+        return Clock(self.config.frame_interval_s, True)
 
-    def step(self, inputs: Mapping[str, Tensor], state: Tensors, dt: Tensor | None = None) -> tuple[Tensors, Tensors]:
-        """One frame of each stream: `frame` (B, 3, H, W), dt (B,) or None for 1."""
-        return self.step_features(self.encode(inputs["frame"]), state, dt)
+    def encode(self, inputs: Mapping[str, Tensor]) -> Tensors:
+        """`frame` (N, 3, H, W), normalised crops -> `features` (N, d_model); no memory."""
+        return {"features": self.encoder(inputs["frame"])}
 
     def forward_features(
-        self, features: Tensor, state: Tensors | None = None, dt: Tensor | None = None
+        self, features: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None, dt: Tensor | None = None
     ) -> tuple[Tensors, Tensors]:
-        """`forward` from encoded frames (B, T, d_model)."""
-        hidden, state = self._hidden_sequence(features, state, dt)
-        return self._activate(self._logits(hidden)), state
+        """`forward` from encoded frames: `features` (B, T, d_model)."""
+        hidden, following = self._hidden_sequence(features["features"], state, dt)
+        return self._activate(self._logits(hidden)), following
 
     def logits_features(self, features: Tensor, dt: Tensor | None = None) -> Tensors:
-        """What training needs: a sequence from a fresh state, before softmax, tanh and sigmoid."""
+        """What training needs: encoded frames (B, T, d_model) from a fresh state, before softmax, tanh and sigmoid."""
         return self._logits(self._hidden_sequence(features, None, dt)[0])
 
-    def step_features(self, features: Tensor, state: Tensors, dt: Tensor | None = None) -> tuple[Tensors, Tensors]:
-        """`step` from encoded frames (B, d_model)."""
+    def step_features(
+        self, features: Mapping[str, Tensor], state: Mapping[str, Tensor], dt: Tensor | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """`step` from encoded frames: `features` (B, d_model)."""
         conv, ssm = [], []
-        x = features
+        x = features["features"]
         for i, (norm, block) in enumerate(self._layers()):
             y, (next_conv, next_ssm) = block.step(norm(x), (state["conv"][i], state["ssm"][i]), dt)
             x = x + y
@@ -203,7 +204,9 @@ class Student(nn.Module):
         # Containers of torch forget the type of what they hold.
         yield from zip(self.norms, cast(Iterable[Mamba], self.blocks), strict=True)
 
-    def _hidden_sequence(self, x: Tensor, state: Tensors | None, dt: Tensor | None) -> tuple[Tensor, Tensors]:
+    def _hidden_sequence(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, dt: Tensor | None
+    ) -> tuple[Tensor, Tensors]:
         state = self.initial_state(x.shape[0]) if state is None else state
         conv, ssm = [], []
         for i, (norm, block) in enumerate(self._layers()):

@@ -131,7 +131,7 @@ def _encode_stills(model: Student, faces: Faces, generator: torch.Generator) -> 
                 x = plain(images, faces.aligned, model.config)
             else:
                 x = crop_batch(images, faces.aligned, model.config, Augmentation(), generator)
-            parts.append(model.encode(x.contiguous(memory_format=torch.channels_last)))
+            parts.append(model.encoder(x.contiguous(memory_format=torch.channels_last)))
         views.append(torch.cat(parts))
     targets = Targets.of(faces, rows)
     if not len(faces.votes):
@@ -151,7 +151,7 @@ def _encode_clip(model: Student, clip: Clip, generator: torch.Generator) -> _Fea
                 torch.from_numpy(clip.images), True, model.config, Augmentation(), generator, shared=True
             )
         for chunk in images.split(256):
-            parts.append(model.encode(chunk.contiguous(memory_format=torch.channels_last)))
+            parts.append(model.encoder(chunk.contiguous(memory_format=torch.channels_last)))
         views.append(torch.cat(parts))
     stacked, ok = torch.stack(views), torch.from_numpy(clip.ok)
     # The teacher's word for a frame: the mean over the views, each read as a first step; then smoothed both ways.

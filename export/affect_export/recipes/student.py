@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from affect_export.models.checkpoint import save_student
+from affect_export.models.checkpoint import save_model
 from affect_export.models.student import Student, StudentConfig
 from affect_export.recipes import data, labels, sequences
 from affect_export.recipes.augment import Augmentation, crop_batch, plain
@@ -144,9 +144,9 @@ def image_loss(model: nn.Module, averaged: nn.Module, batch: ImageBatch) -> dict
     targets = batch.targets
     if batch.grey is not None:
         with torch.no_grad():
-            said = averaged.logits_features(averaged.encode(batch.grey).unsqueeze(1))
+            said = averaged.logits_features(averaged.encoder(batch.grey).unsqueeze(1))
         targets = targets.with_pseudo(batch.grey_rows, said)
-    logits = model.logits_features(model.encode(batch.frames).unsqueeze(1))
+    logits = model.logits_features(model.encoder(batch.frames).unsqueeze(1))
     return multi_task_loss({k: v[:, 0] for k, v in logits.items()}, targets)
 
 
@@ -155,7 +155,7 @@ def predict(model: Student, faces: data.Faces, rows: Any, repeats: int = 1) -> d
     parts = []
     for start in range(0, len(rows), 256):
         x = plain(torch.from_numpy(faces.images[rows[start : start + 256]]), faces.aligned, model.config)
-        features = model.encode(x.contiguous(memory_format=torch.channels_last))
+        features = model.encoder(x.contiguous(memory_format=torch.channels_last))
         outputs, _ = model.forward_features(features.unsqueeze(1).expand(-1, repeats, -1))
         parts.append({k: v[:, -1].numpy() for k, v in outputs.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
@@ -233,7 +233,7 @@ def build(sources: Sources, recipe: Recipe, config: StudentConfig, output: Path)
             "ferplus_validation_faces": int(sources.fer[0].validation.sum()),
             "parameters": sum(p.numel() for p in model.parameters()),
         }
-    save_student(model, output / "student.safetensors", version=VERSION, trained=True)
+    save_model(model, output / "student.safetensors", version=VERSION, trained=True)
     (output / "MODEL_CARD.md").write_text(student_card(VERSION, table))
     stages = {stage: json.loads((output / stage / "history.json").read_text()) for stage in ("images", "sequences")}
     report = {"table": table, "recipe": asdict(recipe), "history": stages}

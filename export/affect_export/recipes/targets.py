@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from affect_export.recipes.data import Faces
-from affect_quantize.training import ccc_loss, soft_cross_entropy
+from affect_quantize.losses import ccc_loss, soft_cross_entropy
 
 __all__ = ["Targets", "multi_task_loss"]
 

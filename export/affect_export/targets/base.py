@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from affect_runtimes.compare import Bound
-from affect_runtimes.manifest import Tensor
+from affect_runtimes.interface import Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,11 +35,19 @@ class GraphSource:
 
 @dataclass(frozen=True)
 class WrittenGraph:
-    """A file that a builder left in the bundle's folder, and its precision by kind of layer."""
+    """What a builder left in the bundle's folder.
+
+    Attributes:
+        source: what was written.
+        file: the graph.
+        precision: number format by kind of layer.
+        data: file with the graph's large tensors, or None where they are in the graph.
+    """
 
     source: GraphSource
     file: str
     precision: dict[str, str]
+    data: str | None = None
 
 
 @dataclass(frozen=True)

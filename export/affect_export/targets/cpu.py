@@ -8,20 +8,26 @@ from pathlib import Path
 
 from affect_export.targets.base import GraphSource, Target, WrittenGraph
 from affect_runtimes.compare import Bound
-from affect_runtimes.manifest import Tensor
+from affect_runtimes.interface import Tensor
 
 __all__ = ["CPU", "write_onnx"]
 
 OPSET = 20
+# Protobuf ends at 2 GiB; half of that keeps the copies that serialising makes bearable.
+EXTERNAL_ABOVE = 1 << 30
 
 
-def write_onnx(source: GraphSource, path: Path) -> None:
+def write_onnx(source: GraphSource, path: Path) -> str | None:
     """Exports one graph with torch's dynamo exporter; the batch is dynamic, everything else is fixed.
 
     Args:
         source: the module and its named tensors.
         path: file to write.
+
+    Returns:
+        Name of the file beside it that has the weights, or None where they fit into the graph.
     """
+    import onnx
     import torch
 
     # A sample batch above 1, because the exporter specialises sizes of 0 and 1.
@@ -41,7 +47,8 @@ def write_onnx(source: GraphSource, path: Path) -> None:
                 opset_version=OPSET,
                 input_names=[t.name for t in source.inputs],
                 output_names=[t.name for t in source.outputs],
-                dynamic_shapes=dynamic,
+                # One entry: the modules take their tensors as *args.
+                dynamic_shapes=(dynamic,),
                 external_data=False,
                 verbose=False,
             )
@@ -49,26 +56,28 @@ def write_onnx(source: GraphSource, path: Path) -> None:
         logging.getLogger("torch.onnx").setLevel(level)
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    model = program.model_proto
-    del model.metadata_props[:]
+    size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
+    if size <= EXTERNAL_ABOVE:
+        model = program.model_proto
+        _strip(model, source)
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return None
+    program.save(path, external_data=True)
+    (written,) = (p for p in path.parent.glob(f"{path.name}*") if p != path)
+    model = onnx.load(path, load_external_data=False)
     _strip(model, source)
     path.write_bytes(model.SerializeToString(deterministic=True))
+    return written.name
 
 
 def _strip(model, source: GraphSource) -> None:  # type: ignore[no-untyped-def]
     """Keeps what an engine needs: no stack traces, no paths of the exporting machine, one name for the batch."""
     graph = model.graph
-    del graph.value_info[:]
-    for node in graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-    for initializer in graph.initializer:
-        del initializer.metadata_props[:]
+    del model.metadata_props[:]
+    _strip_graph(graph)
     for function in model.functions:
         del function.metadata_props[:]
-        for node in function.node:
-            node.doc_string = ""
-            del node.metadata_props[:]
+        _strip_nodes(function.node)
     stated: dict[str, Tensor] = {t.name: t for t in (*source.inputs, *source.outputs)}
     for value in (*graph.input, *graph.output):
         del value.metadata_props[:]
@@ -80,12 +89,32 @@ def _strip(model, source: GraphSource) -> None:  # type: ignore[no-untyped-def]
                 dimension.dim_param = size
 
 
+def _strip_graph(graph) -> None:  # type: ignore[no-untyped-def]
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    for initializer in graph.initializer:
+        del initializer.metadata_props[:]
+    _strip_nodes(graph.node)
+
+
+def _strip_nodes(nodes) -> None:  # type: ignore[no-untyped-def]
+    for node in nodes:
+        node.doc_string = ""
+        del node.metadata_props[:]
+        for attribute in node.attribute:
+            # The body of a Scan.
+            if attribute.HasField("g"):
+                _strip_graph(attribute.g)
+                for value in (*attribute.g.input, *attribute.g.output):
+                    del value.metadata_props[:]
+
+
 def _build(graphs: list[GraphSource], folder: Path) -> list[WrittenGraph]:
     written = []
     for source in graphs:
         file = f"{source.role}.onnx"
-        write_onnx(source, folder / file)
-        written.append(WrittenGraph(source, file, {layer: "float32" for layer in source.layers}))
+        data = write_onnx(source, folder / file)
+        written.append(WrittenGraph(source, file, {layer: "float32" for layer in source.layers}, data))
     return written
 
 
