@@ -9,6 +9,7 @@ TORCH_PIP_ARGS ?=
 # Arguments for pytest, for example PYTEST_ARGS="-m 'not slow'".
 PYTEST_ARGS ?=
 
+SYSTEMS := mamba-va mamba-fer ag-ssm reno ms-vssm
 BIN := $(VENV)/bin
 ORACLE := build/oracle
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -26,10 +27,10 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 SAY_IF_NATIVE = $(BIN)/python -c 'from affect_runtimes import native; print(native.unavailable_reason() or "native step library: ready")'
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev oracle demo export test check lint format wheel clean
+.PHONY: help install install-dev oracle demo export test test-full-size check lint format wheel clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -43,7 +44,7 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.created
 	touch $@
 
 $(VENV)/.installed: $(INSTALL_INPUTS) $(VENV)/.torch
-	$(PIP) install -e '.[export,demo,systems]'
+	$(PIP) install -e '.[export,demo]'
 	@$(SAY_IF_NATIVE)
 	touch $@
 
@@ -76,6 +77,12 @@ demo: export ## the dashcam demo on a real clip: out/dashcam
 
 test: check oracle ## every check and every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(MAKE) test-full-size
+
+# One process each: together they would not fit into memory.
+test-full-size: install-dev ## the five systems exported at full size, one after the other
+	@set -e; for name in $(SYSTEMS); do \
+		$(BIN)/python -m pytest -m full_size -k $$name --durations=1 tests/export/test_full_size.py; done
 
 check: lint ## lint, types and the import rule
 	$(BIN)/mypy

@@ -27,7 +27,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="student", help="which model (default student); see --list-models")
     parser.add_argument("--list-models", action="store_true", help="list the models and what they take, then stop")
     parser.add_argument(
-        "--checkpoint", type=Path, help="float weights, .safetensors or .pt; default for the student: the shipped ones"
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="float weights, .safetensors or .pt, several where the encoder is saved apart; default for the student: "
+        "the shipped ones",
     )
     parser.add_argument("--preset", help="full or tiny; default: what the checkpoint says of itself, else full")
     parser.add_argument("--config", type=Path, help="JSON file with the hyper-parameters that differ from the preset")
@@ -103,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 def _checkpoint(arguments: argparse.Namespace) -> "Checkpoint":
     from affect_export.models.checkpoint import SHIPPED, load_model
 
-    path = arguments.checkpoint
+    path: Path | list[Path] | None = arguments.checkpoint
     plain = arguments.preset is None and arguments.config is None and not arguments.random_weights
     if path is None and arguments.model == "student" and plain:
         path = SHIPPED

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from affect_export.models.base import AffectModel
 from affect_export.models.lora import LoRALinear, merge_lora
-from affect_export.models.tcn import fold_weight_norm
+from affect_export.models.tcn import fold_weight_norm, is_weight_normed
 from affect_export.targets.base import GraphSource
 from affect_quantize.gate import Trajectory, join_trajectories
 from affect_runtimes.interface import Tensor
@@ -59,7 +59,7 @@ def folded(model: AffectModel) -> AffectModel:
 
     A graph would otherwise compute them anew at every step.
     """
-    if not any(isinstance(m, LoRALinear) or parametrize.is_parametrized(m) for m in model.modules()):
+    if not any(isinstance(m, LoRALinear) or is_weight_normed(m) for m in model.modules()):
         return model
     model = copy.deepcopy(model)
     fold_weight_norm(model)
@@ -90,7 +90,8 @@ def run_step_form(model: AffectModel, inputs: Mapping[str, Array], dt: NDArray[n
     state = model.initial_state(dt.shape[1])
     step = model.step_features if _are_features(model, inputs) else model.step
     outputs, states = [], []
-    with torch.no_grad():
+    # Cached: weight norm would otherwise be computed anew at every step.
+    with torch.no_grad(), parametrize.cached():
         for t, interval in enumerate(dt):
             moment = {k: torch.from_numpy(v[t]) for k, v in inputs.items()}
             out, following = step(moment, state, torch.from_numpy(interval))

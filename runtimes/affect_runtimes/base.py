@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import BundleError, InputError
-from affect_runtimes.manifest import Graph, Tensor
+from affect_runtimes.interface import Tensor
+from affect_runtimes.manifest import Graph
 
 __all__ = ["ENGINES", "Engine", "GraphEngine", "open_engine"]
 

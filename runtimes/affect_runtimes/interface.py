@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from affect_runtimes.errors import BundleError
-from affect_runtimes.filters import FILTERS
+from affect_runtimes.errors import BundleError, InputError
+from affect_runtimes.filters import check_settings
 
 __all__ = [
     "AudioInput",
@@ -317,8 +317,11 @@ def _image(raw: Mapping[str, Any], name: str) -> ImageInput:
     filters = tuple(
         Filter(str(f["name"]), {k: float(v) for k, v in f.items() if k != "name"}) for f in raw.get("filters", ())
     )
-    for unknown in (f.name for f in filters if f.name not in FILTERS):
-        raise BundleError(f"input {name!r}: this release has no filter {unknown!r}; it has {', '.join(FILTERS)}")
+    for given in filters:
+        try:
+            check_settings(given.name, given.settings)
+        except InputError as error:
+            raise BundleError(f"input {name!r}: {error}") from None
     return ImageInput(name, int(shape[2]), mean, std, str(raw["align"]), growth, filters)
 
 

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from affect_runtimes.base import GraphEngine
 from affect_runtimes.errors import BundleError, MissingDependencyError
-from affect_runtimes.manifest import Graph, Tensor
+from affect_runtimes.interface import Tensor
+from affect_runtimes.manifest import Graph
 
 __all__ = ["OnnxRuntimeEngine", "create"]
 

@@ -15,6 +15,7 @@ from affect_edge._recognizer import Recognizer
 from affect_edge._sources import VideoSource, open_source
 from affect_edge._stream import Stream
 from affect_edge._tracking import TrackerSettings
+from affect_runtimes.audio import Audio
 from affect_runtimes.errors import (
     AffectError,
     BundleError,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Affect",
     "AffectError",
+    "Audio",
     "BundleError",
     "Face",
     "FaceDetector",

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from affect_edge._quiet import quiet_opencv
 from affect_runtimes.errors import InputError, MissingDependencyError
-from affect_runtimes.manifest import Graph, Tensor
+from affect_runtimes.interface import Tensor
+from affect_runtimes.manifest import Graph
 from affect_runtimes.onnxruntime import OnnxRuntimeEngine
 from affect_runtimes.preprocess import check_frame
 
@@ -103,10 +104,10 @@ class _Net(OnnxRuntimeEngine):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(Graph(path.stem, path.name, "", {}, (), ()), path.read_bytes(), threads=1)
+        super().__init__(Graph(path.stem, path.name, "", {}, (), ()), path.read_bytes(), None, threads=1)
 
-    def _load(self, data: bytes, threads: int) -> tuple[list[Tensor], list[Tensor]]:
-        self._input = super()._load(data, threads)[0][0].name
+    def _load(self, data: bytes, external: bytes | None, threads: int) -> tuple[list[Tensor], list[Tensor]]:
+        self._input = super()._load(data, external, threads)[0][0].name
         return [], []  # nothing for the base to compare: these files come without a manifest
 
     def setInput(self, blob: NDArray[Any]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from affect_edge._affect import Affect, make_affect
 from affect_edge._faces import FaceDetector, MtcnnDetector
+from affect_edge._smoothing import Smoothed, Smoother
 from affect_edge._tracking import FaceTracker, TrackedFace, TrackerSettings
 from affect_runtimes.errors import InputError
 from affect_runtimes.model import BundleModel
@@ -41,7 +43,8 @@ class Stream:
         self._model = model
         self._tracker = FaceTracker(detector or MtcnnDetector(), settings or TrackerSettings())
         self._max_gap_s = max_gap_s
-        self._tracks: dict[int, tuple[State, float]] = {}
+        self._smoother = Smoother(manifest.outputs)
+        self._tracks: dict[int, _Track] = {}
         self._last_s: float | None = None
         self.timings: dict[str, float] = {}
         """Seconds of the last step by stage: detect (with tracking and alignment), encode, step; the last two are
@@ -74,18 +77,24 @@ class Stream:
         if not faces:
             self._forget(now)
             return []
-        states, dts = zip(*(self._resume(face.track_id, now) for face in faces), strict=True)
+        tracks = [self._resume(face.track_id, now) for face in faces]
+        interval_s = manifest.clock.frame_interval_s
+        dts = [1.0 if t.seen_s is None else (now - t.seen_s) / interval_s for t in tracks]
         features = self._model.encode({self._image.name: self._model.normalise(np.stack(crops))})
         encoded = time.perf_counter()
-        outputs, following = self._model.step_features(features, State.stack(states), dts)
-        for face, state in zip(faces, following.split(len(faces)), strict=True):
-            self._tracks[face.track_id] = (state, now)
+        outputs, following = self._model.step_features(features, State.stack([t.state for t in tracks]), dts)
+        affects = []
+        for i, (face, track, state) in enumerate(zip(faces, tracks, following.split(len(faces)), strict=True)):
+            said, smoothed = {name: values[i : i + 1] for name, values in outputs.items()}, track.smoothed
+            if self._smoother:
+                since_s = 0.0 if track.seen_s is None else now - track.seen_s
+                rows, smoothed = self._smoother.step({k: v[0] for k, v in said.items()}, smoothed, since_s)
+                said = {k: v[None] for k, v in rows.items()}
+            self._tracks[face.track_id] = _Track(state, now, smoothed)
+            affects.append(make_affect(manifest, said, 0, now, face.track_id, face.box, face.landmarks))
         self._forget(now)
         self.timings |= {"encode": encoded - detected, "step": time.perf_counter() - encoded}
-        return [
-            make_affect(manifest, outputs, i, now, face.track_id, face.box, face.landmarks)
-            for i, face in enumerate(faces)
-        ]
+        return affects
 
     def reset(self) -> None:
         """Forgets everything: faces, states and the clock."""
@@ -96,7 +105,7 @@ class Stream:
 
     def states(self) -> dict[int, State]:
         """The present state of every face by track_id: values, to be looked at or stored."""
-        return {track: state for track, (state, _) in self._tracks.items()}
+        return {track_id: track.state for track_id, track in self._tracks.items()}
 
     def _crop(self, picture: NDArray[np.uint8], face: TrackedFace) -> NDArray[np.uint8]:
         if self._image.align == "box":
@@ -117,16 +126,26 @@ class Stream:
             )
         return now
 
-    def _resume(self, track_id: int, now: float) -> tuple[State, float]:
-        """The state to go on from and the dt since then."""
-        if track_id in self._tracks:
-            state, seen = self._tracks[track_id]
-            if now - seen <= self._max_gap_s:
-                return state, (now - seen) / self._model.bundle.manifest.clock.frame_interval_s
-        return self._model.initial_state(), 1.0
+    def _resume(self, track_id: int, now: float) -> "_Track":
+        """What to go on from."""
+        track = self._tracks.get(track_id)
+        if track is None or track.seen_s is None or now - track.seen_s > self._max_gap_s:
+            return _Track(self._model.initial_state(), None, None)
+        return track
 
     def _forget(self, now: float) -> None:
-        self._tracks = {k: v for k, v in self._tracks.items() if now - v[1] <= self._max_gap_s}
+        self._tracks = {
+            k: t for k, t in self._tracks.items() if t.seen_s is not None and now - t.seen_s <= self._max_gap_s
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Track:
+    """One face: the model's state, when it was last seen (None: never), and what the smoothing filter carries."""
+
+    state: State
+    seen_s: float | None
+    smoothed: Smoothed | None
 
 
 def _readable(face: TrackedFace) -> bool:

@@ -356,18 +356,29 @@ def test_positions_of_another_picture_size_are_resampled(model: AGSSM) -> None:
     nn.init.normal_(large.get_parameter("embeddings.position_embeddings"))
     table = large.state_dict()["embeddings.position_embeddings"]
     name = "face.backbone.embeddings.position_embeddings"
-    other = AGSSM(TINY).eval()
-    other.load_state_dict({**model.state_dict(), name: table})
-    found = other.state_dict()[name]
+    found = model.modernise({**model.state_dict(), name: table})[name]
     embed: Any = large.get_submodule("embeddings")
     patches = torch.zeros(1, 1 + TINY.grid**2, TINY.vit_width)
     expected = embed.interpolate_pos_encoding(patches, TINY.image_px, TINY.image_px)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    # Its own size passes as it is; one that is no square is refused by torch, which names both shapes.
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other.state_dict()[name], model.state_dict()[name])
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        other.load_state_dict({**model.state_dict(), name: table[:, :12]})
+    # One that is no square of patches passes, for the loader to refuse with both shapes.
+    assert model.modernise({name: table[:, :12]})[name].shape[1] == 12
+
+
+def test_older_names_and_those_of_peft_load(model: AGSSM) -> None:
+    """A backbone that peft wrapped under transformers 4: its prefix, query and value in the middle of the name."""
+    older = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("face.backbone."):
+            name = name.replace("face.backbone.", "face.backbone.base_model.model.")
+            for new, old in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+                name = name.replace(f"attention.{new}", f"attention.attention.{old}")
+            name = name.replace("attention.o_proj", "attention.output.dense")
+        older[name] = value
+    assert sum("attention.attention.query.lora_A.default.weight" in name for name in older) == TINY.vit_layers
+    found = model.modernise(older)
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 
 def test_full_size_is_that_of_the_public_backbones() -> None:

@@ -41,8 +41,8 @@ def test_heat_lies_in_the_quadrant_that_the_model_looks_at(right: bool, low: boo
     model = random_model(image_px=256, mask_sigma=0.06)  # an 8 x 8 grid, half a cell
     with torch.no_grad():
         # Weights that look only where landmarks are: no attention elsewhere, and nothing that spreads it.
-        model.facial_cbam.fuse.weight.fill_(40.0)
-        model.facial_cbam.fuse.bias.fill_(-8.0)  # type: ignore[union-attr]
+        model.facial_cbam.fuse.weight.fill_(80.0)
+        model.facial_cbam.fuse.bias.fill_(-16.0)  # type: ignore[union-attr]
         for parameter in model.facial_cbam.enhance.parameters():
             parameter.zero_()
     place = torch.tensor([0.75 if right else 0.25, 0.75 if low else 0.25])

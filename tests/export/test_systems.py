@@ -40,13 +40,23 @@ def checkpoints() -> dict[str, Checkpoint]:
     return {name: load_model(name, preset="tiny", random_weights=True, seed=1) for name in SYSTEMS}
 
 
+class Bundles(dict[str, Path]):
+    """Model name -> its exported bundle, made when it is first asked for."""
+
+    def __init__(self, checkpoints: dict[str, Checkpoint], folder: Path) -> None:
+        super().__init__()
+        self._checkpoints, self._folder = checkpoints, folder
+
+    def __missing__(self, name: str) -> Path:
+        # Three frames are enough here, because the long run below has its own sequence.
+        export.export_model(self._checkpoints[name], CPU, self._folder / name, bounds=CPU.bounds, parity_steps=3)
+        self[name] = self._folder / name
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def bundles(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The five exported; three frames are enough here, because the long run below has its own sequence."""
-    folder = tmp_path_factory.mktemp("systems")
-    for name, checkpoint in checkpoints.items():
-        export.export_model(checkpoint, CPU, folder / name, bounds=CPU.bounds, parity_steps=3)
-    return {name: folder / name for name in SYSTEMS}
+    return Bundles(checkpoints, tmp_path_factory.mktemp("systems"))
 
 
 def random_features(model: AffectModel, batch: int, steps: int, seed: int) -> Tensors:
@@ -328,9 +338,7 @@ def test_manifest_inputs_are_read_back_and_nonsense_is_refused() -> None:
 
     unsharp = Filter("unsharp", {"sigma_px": 1.0, "amount": 0.5})
     inputs = (
-        ImageInput(
-            "frame", 64, (0.5,) * 3, (0.25,) * 3, "box", 0.2, (Filter("unsharp", {"sigma_px": 1.0, "amount": 0.5}),)
-        ),
+        ImageInput("frame", 64, (0.5,) * 3, (0.25,) * 3, "box", 0.2, (unsharp,)),
         LandmarkInput("landmarks"),
         AudioInput("audio", 16000, 16000, 533, True, True, LogMel(bins=80)),
     )

@@ -29,7 +29,17 @@ PACKAGES = {
 
 NATIVE_LIBRARY = re.compile(r"affect_runtimes/(lib)?affect_native\.(so|dylib|dll)")
 
-WORKSTATION_ONLY = ("torch", "onnx", "onnxscript", "tensorflow", "safetensors", "nncf", "rich", "matplotlib")
+WORKSTATION_ONLY = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "tensorflow",
+    "transformers",
+    "safetensors",
+    "nncf",
+    "rich",
+    "matplotlib",
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from affect_runtimes.preprocess import (
     align_face,
     check_crop,
     check_frame,
+    crop_box,
     eye_transform,
     normalise,
 )
@@ -107,3 +108,17 @@ def test_normalise_is_the_formula() -> None:
     result = normalise(crops, mean, std)
     assert result.dtype == np.float32 and result.flags.c_contiguous
     np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_a_box_is_cut_square_grown_and_undistorted() -> None:
+    """A picture whose values are its coordinates tells where each pixel of the crop came from."""
+    y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
+    frame = np.stack([x, y, np.zeros_like(x)], -1)
+    crop = crop_box(frame, (60.0, 80.0, 40.0, 50.0), 70, growth=0.2).astype(int)
+    # 50 * 1.4 = 70 pixels around (80, 105): from (45, 70) to (115, 140), one crop pixel a frame pixel.
+    assert crop[0, 0].tolist() == [45, 70, 0] and crop[-1, -1].tolist() == [114, 139, 0]
+    edge = crop_box(frame, (-20.0, -20.0, 60.0, 60.0), 60)
+    assert edge[0, 0].tolist() == [0, 0, 0] and edge[-1, -1].tolist() == [39, 39, 0]  # the frame's edge, repeated
+    for bad in ((0.0, 0.0, 0.0, 5.0), (np.nan, 0.0, 5.0, 5.0), (500.0, 0.0, 5.0, 5.0)):
+        with pytest.raises(InputError, match="face box"):
+            crop_box(frame, bad, 16)

@@ -15,6 +15,7 @@ Frame = NDArray[np.uint8]
 PUBLIC = {
     "Affect",
     "AffectError",
+    "Audio",
     "BundleError",
     "Face",
     "FaceDetector",

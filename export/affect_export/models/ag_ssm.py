@@ -216,8 +216,6 @@ class _Face(nn.Module):
         self.project = nn.Linear(config.vit_width, config.d_model)
         self.hga = HierarchicalAlignment(config.d_model, config.hga_heads, self.grid, config.regions)
         self.merge = nn.Linear(len(config.regions) * config.d_model, config.d_model)
-        # torch leaves this method without annotations.
-        self.register_load_state_dict_pre_hook(_resample_positions)  # type: ignore[no-untyped-call]
 
     def forward(self, frame: Tensor, landmarks: Tensor) -> Tensor:
         # The first token is CLS.
@@ -233,22 +231,19 @@ class _Face(nn.Module):
                     parameter.normal_(1.0, 0.1, generator=generator)
 
 
-def _resample_positions(module: nn.Module, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Brings a table of positions that was trained on another picture size to this one's grid of patches.
+def _resample_positions(table: Tensor, grid: int) -> Tensor:
+    """Brings a table of positions (1, 1 + patches, width) to grid * grid patches.
+
+    One that fits passes as it is, and so does one of no square, which the loader refuses with both shapes.
 
     Source: transformers' Dinov2Embeddings, which does the same at every forward pass.
     """
-    assert isinstance(module, _Face)  # registered there only
-    name = f"{prefix}backbone.embeddings.position_embeddings"
-    table, grid = weights.get(name), module.grid
-    if table is None or table.ndim != 3 or table.shape[1] == grid * grid + 1:
-        return
-    side = math.isqrt(table.shape[1] - 1)
-    if side * side != table.shape[1] - 1:
-        return  # no square of patches: load_state_dict names the two shapes
+    side = math.isqrt(max(table.shape[1] - 1, 0))
+    if side in (0, grid) or side * side != table.shape[1] - 1:
+        return table
     cls, patches = table[:, :1], table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     resampled = F.interpolate(patches.float(), size=(grid, grid), mode="bicubic", align_corners=False)
-    weights[name] = torch.cat([cls, resampled.to(table.dtype).flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([cls, resampled.to(table.dtype).flatten(2).transpose(1, 2)], dim=1)
 
 
 class _Voice(nn.Module):
@@ -410,6 +405,17 @@ class AGSSM(AffectModel):
 
     def clock(self) -> Clock:
         return Clock(self.config.frame_interval_s, variable_dt=False)
+
+    def modernise(self, weights: Mapping[str, Tensor]) -> Tensors:
+        """As in the base; also without peft's own prefix, and with positions for this size of picture."""
+        wrapped, face = "face.backbone.base_model.model.", "face.backbone."
+        named = {face + k.removeprefix(wrapped) if k.startswith(wrapped) else k: v for k, v in weights.items()}
+        for prefix in (face, "voice.backbone."):
+            named = foundation.modernise(named, prefix)
+        positions = f"{face}embeddings.position_embeddings"
+        if positions in named:
+            named[positions] = _resample_positions(named[positions], self.config.grid)
+        return named
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Tensors:
         return {

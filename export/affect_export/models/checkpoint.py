@@ -7,7 +7,7 @@ or a training run's dict with the weights under one key.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from affect_export.models import find_model, models_with_names_like
 from affect_export.models.base import AffectModel, ModelConfig
-from affect_export.models.public_names import from_public, is_public
+from affect_export.models.public_names import PIXEL_MEAN, PIXEL_STD, from_public, is_public
 from affect_runtimes.errors import AffectError, InputError
 
 __all__ = ["PRESETS", "SHIPPED", "Checkpoint", "load_model", "make_config", "save_model"]
@@ -40,7 +40,7 @@ class Checkpoint:
         version: of these weights.
         licence: SPDX identifier, or "unstated".
         trained: False for random weights, which must be called random everywhere.
-        sha256: of the file, or of random weights themselves.
+        sha256: of the file (of several: of their digests), or of random weights themselves.
         card: text of MODEL_CARD.md beside the file, or "".
     """
 
@@ -83,7 +83,7 @@ def save_model(model: AffectModel, path: Path, *, version: str, licence: str = "
 
 def load_model(
     name: str,
-    path: Path | None = None,
+    path: Path | Sequence[Path] | None = None,
     *,
     preset: str | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -95,6 +95,7 @@ def load_model(
     Args:
         name: of the model.
         path: checkpoint. One that `save_model` wrote says its own configuration; of any other the preset decides.
+            Several files together make one checkpoint: some training code saves the encoder apart.
         preset: "full" or "tiny"; None is what the checkpoint says, else "full".
         changes: fields of the configuration that differ from the preset.
         random_weights: fill in random weights instead of a file's.
@@ -112,10 +113,14 @@ def load_model(
         model = kind(make_config(name, preset or "full", changes))
         model.randomise_(seed)
         return Checkpoint(model.eval(), name, "0", "Apache-2.0", False, _digest(_weights(model)), "")
-    header, weights = _read(path)
-    found = header.get("model", name)
+    paths = [path] if isinstance(path, Path) else list(path)
+    header, weights = _read_all(paths)
+    path, found = paths[0], header.get("model", name)
     if found != name:
         raise AffectError(f"{path}: holds a checkpoint of {found!r}, asked for was {name!r}")
+    if is_public(weights):
+        # Its encoder was fine-tuned on pixels normalised by these.
+        weights, changes = from_public(weights), {"mean": PIXEL_MEAN, "std": PIXEL_STD, **(changes or {})}
     config = make_config(name, preset or "full", changes)
     if "config" in header:
         own = kind.CONFIG.from_json(json.loads(header["config"]))
@@ -123,12 +128,9 @@ def load_model(
             raise InputError(f"{path}: {_differences(own, config)}; leave out the preset and config to use its own")
         config = own
     model = kind(config)
-    if is_public(weights):
-        weights = from_public(weights)
-    weights = model.modernise(weights)
-    _load(model, weights, path, config)
+    _load(model, model.modernise(weights), path, config)
     card = path.parent / "MODEL_CARD.md"
-    sha256 = _file_digest(path)
+    sha256 = _file_digest(paths)
     return Checkpoint(
         model.eval(),
         name,
@@ -138,6 +140,20 @@ def load_model(
         sha256,
         card.read_text() if card.is_file() else "",
     )
+
+
+def _read_all(paths: Sequence[Path]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and weights of files that together are one checkpoint."""
+    header: dict[str, str] = {}
+    weights: dict[str, Tensor] = {}
+    for path in paths:
+        said, found = _read(path)
+        twice = sorted(set(found) & set(weights))
+        if twice:
+            raise AffectError(f"{path}: has names that another of the files has too: {_listed(twice)}")
+        header |= said
+        weights |= found
+    return header, weights
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -216,6 +232,9 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _file_digest(paths: Sequence[Path]) -> str:
+    digests = []
+    for path in paths:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -14,20 +14,15 @@ patch moves the mean by 1/landmarks, while a mean over distinct patches would ju
 import torch
 from torch import Tensor, nn
 
+from affect_runtimes.landmarks import REGIONS as PARTS
+
 __all__ = ["LANDMARKS", "REGIONS", "HierarchicalAlignment", "patch_weights"]
 
 LANDMARKS = 68
 
-REGIONS = {
-    "jaw": (0, 17),
-    "brow_right": (17, 22),
-    "brow_left": (22, 27),
-    "nose": (27, 36),
-    "eye_right": (36, 42),
-    "eye_left": (42, 48),
-    "mouth": (48, 68),
-}
-"""Landmarks of each region in the iBUG-68 order, first and one past the last; right and left are the person's own."""
+REGIONS = {name: (r.start, r.stop) for name, r in PARTS.items() if not name.endswith("mouth")}
+REGIONS["mouth"] = (PARTS["outer_mouth"].start, PARTS["inner_mouth"].stop)
+"""Landmarks of each region in the iBUG-68 order, first and one past the last; left and right as in the picture."""
 
 
 def patch_weights(landmarks: Tensor, grid: int) -> Tensor:

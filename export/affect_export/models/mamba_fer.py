@@ -15,7 +15,9 @@ mechanism". Reported, DFEW fold 1: WAR 66.81, UAR 54.28, 15.2 GFLOPs a clip.
 No mark above: the paper. Choices where it is silent or leaves room:
 
 - (open) Size 128: sixteen frames through EfficientNetV2-S cost 14.9 GMAC there (45.6 at 224), and the paper reports
-  15.2 GFLOPs a clip. The settings of the three filters are ours; they run on the device, from the manifest.
+  15.2 GFLOPs a clip. The settings of the three filters are ours; they run on the device, from the manifest. CLAHE has
+  4 x 4 tiles: OpenCV's usual 8 x 8 leave 256 pixels to a histogram of 256 bins here, and its rounding then brightens
+  the whole face.
 - (open) The backbone is timm's plain `efficientnetv2_s`; `variant="tf"` is the one that timm has ImageNet weights for.
 - (open) The facial CBAM's details: see `affect_export.models.facial_cbam`.
 - (open) The SSM block is the shared Mamba block (`affect_export.models.mamba`): "depthwise convolution and scan" is
@@ -27,13 +29,13 @@ No mark above: the paper. Choices where it is silent or leaves room:
 - (open) Action units: the twelve of Aff-Wild2 (ABAW); a small MLP on the landmarks' positions relative to the eyes.
   They are scores of one frame and do not change the feature flow.
 - (open) Clips are "uniformly sampled", so no frame interval is stated. 0.16 s, every fourth frame at 25 a second, lets
-  16 frames span the two to three seconds of a DFEW clip.
+  16 frames span 2.6 s: one expression's rise and fall.
 
 Streaming is ours: the SSM state runs on; a ring holds the last 16 frames' queries, keys and values, and the mean is
 over that ring. The queries have to be kept too: the newest frame adds a key to every older frame's attention, so the
-mean over the ring changes in all its terms; keeping them costs a third more state and saves projecting 16 frames anew
-at each step. `seen` marks the ring's filled places, so a stream younger than 16 frames averages over what it has (the
-paper, offline, repeats frames instead). Sixteen steps from a reset equal the paper's clip.
+mean over the ring changes in all its terms; keeping them makes the ring half as large again and saves projecting 16
+frames anew at each step. `seen` marks the ring's filled places, so a stream younger than 16 frames averages over what
+it has (the paper, offline, repeats frames instead). Sixteen steps from a reset equal the paper's clip.
 """
 
 import math
@@ -105,7 +107,7 @@ class MambaFERConfig(ModelConfig):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     clahe_clip_limit: float = 2.0
-    clahe_tiles: int = 8
+    clahe_tiles: int = 4
     bilateral_diameter_px: int = 5
     bilateral_sigma_level: float = 25.0
     bilateral_sigma_px: float = 2.0

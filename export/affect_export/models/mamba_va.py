@@ -229,14 +229,14 @@ class MambaVA(AffectModel):
     def randomise_(self, seed: int = 0) -> None:
         """As in the base, for a chain without pre-norm and with a bound at its end.
 
-        Each block's output stands beside a signal of variance 1 and is normalised with it: a scan that outweighs it
-        makes fp32 itself uncertain by 1e-5 after four blocks. And a clipped output hides what happens before it.
+        Delta, B and C are taken smaller: they multiply, and through four blocks on each other's output states of 100
+        would come of them, with errors in fp32 to match. And a clipped output would hide what happens before it.
         """
         super().randomise_(seed)
         with torch.no_grad():
             for block, _ in self._layers():
-                block.x_proj.weight.mul_(0.5)
-                block.out_proj.weight.mul_(0.5)
+                block.x_proj.weight.mul_(0.25)
+                block.dt_proj.weight.mul_(0.5)
             cast(nn.Linear, self.head[2]).weight.mul_(0.3)
 
     def _values(self, x: Tensor, state: Mapping[str, Tensor] | None, dt: Tensor | None) -> tuple[Tensor, Tensors]:

@@ -31,7 +31,8 @@ No mark is the paper, [code] its authors' public code and other public descripti
 - (open) Window: 192 frames, 30,960 samples, 1.935 s: the multiple of 16 frames (so that patches tile it exactly, with
   neither padding nor cropping) that is closest below the 2 s on which the public Audio Mamba is trained; WavLM makes
   exactly 96 tokens of it. Hop 8000 samples, 0.5 s: every window costs the same, so the hop sets the load, and at 0.5 s
-  a burst of a second is still seen whole by two windows. A step may bring any number of samples up to the window.
+  a burst of a second is still seen whole by at least one window, mostly by two. A step may bring any number of samples
+  up to the window.
 - Data sets: ASVP-ESD, JNV, VIVAE; each has classes of its own, so they are part of the configuration, and with it of
   the checkpoint and the manifest. The default is the 12 emotions of ASVP-ESD.
 

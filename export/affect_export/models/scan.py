@@ -152,8 +152,9 @@ def _scan_for_export(decay: Tensor, drive: Tensor, c: Tensor, state: Tensor) -> 
         carried = decay_t * carried + drive_t
         return carried, (carried * c_t).sum(-1)
 
-    over_time = (decay.transpose(0, 1), drive.transpose(0, 1), c.transpose(0, 1))
-    last, y = scan(position, state, over_time, dim=0)
+    # A graph has no gradients; where an input asks for one, torch traces scan's differentiable form and may fail on it.
+    over_time = (decay.detach().transpose(0, 1), drive.detach().transpose(0, 1), c.detach().transpose(0, 1))
+    last, y = scan(position, state.detach(), over_time, dim=0)
     return y.transpose(0, 1), last
 
 

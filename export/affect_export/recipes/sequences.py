@@ -235,7 +235,7 @@ def _score_clips(model: Student, clips: dict[str, _Features]) -> dict[str, float
         features, wanted = clip.views[:1], clip.targets.valence_arousal.numpy()
         step = 30.0 / clip.fps
         stream = _valence_arousal(model, features, step)
-        alone, _ = model.forward_features(features[0].unsqueeze(1))
+        alone, _ = model.forward_features({"features": features[0].unsqueeze(1)})
         single = alone["valence"][:, 0].numpy()
         tremble.append(float(np.abs(np.diff(stream[:, 0])).mean() / np.abs(np.diff(single)).mean()))
         half = features[:, ::2]
@@ -252,5 +252,5 @@ def _score_clips(model: Student, clips: dict[str, _Features]) -> dict[str, float
 
 
 def _valence_arousal(model: Student, features: Tensor, dt: float) -> np.ndarray:
-    outputs, _ = model.forward_features(features, None, torch.full(features.shape[:2], dt))
+    outputs, _ = model.forward_features({"features": features}, None, torch.full(features.shape[:2], dt))
     return torch.stack([outputs["valence"], outputs["arousal"]], -1)[0].numpy()

@@ -156,7 +156,7 @@ def predict(model: Student, faces: data.Faces, rows: Any, repeats: int = 1) -> d
     for start in range(0, len(rows), 256):
         x = plain(torch.from_numpy(faces.images[rows[start : start + 256]]), faces.aligned, model.config)
         features = model.encoder(x.contiguous(memory_format=torch.channels_last))
-        outputs, _ = model.forward_features(features.unsqueeze(1).expand(-1, repeats, -1))
+        outputs, _ = model.forward_features({"features": features.unsqueeze(1).expand(-1, repeats, -1)})
         parts.append({k: v[:, -1].numpy() for k, v in outputs.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 

@@ -1,0 +1,180 @@
+"""Models that take more than a crop: landmarks and sound in a step, box crops and smoothing in a stream."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from affect_edge import Affect, Audio, Face, InputError, Recognizer
+from affect_export.export import export_model
+from affect_export.models.base import AffectModel, ModelConfig, Tensors
+from affect_export.models.checkpoint import Checkpoint
+from affect_export.targets import TARGETS
+from affect_runtimes.interface import AudioInput, ImageInput, Input, LandmarkInput, LogMel, Output, StateTensor
+from affect_runtimes.interface import Tensor as Described
+from affect_runtimes.landmarks import neutral_face
+from affect_runtimes.manifest import Clock
+
+CPU = TARGETS["cpu"]
+RATE_HZ = 8000
+
+
+@dataclass(frozen=True)
+class ToyConfig(ModelConfig):
+    """`senses`: also landmarks and optional sound; otherwise a face box, without memory, smoothed."""
+
+    senses: bool = True
+
+
+class Toy(AffectModel):
+    """Means of what it is given, times small weights."""
+
+    NAME: ClassVar[str] = "toy"
+    CONFIG: ClassVar[type[ModelConfig]] = ToyConfig
+    ENCODER_LAYERS: ClassVar[tuple[str, ...]] = ("linear",)
+    STEP_LAYERS: ClassVar[tuple[str, ...]] = ("linear",)
+    config: ToyConfig
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.read = nn.Linear(3, 4)
+
+    def inputs(self) -> tuple[Input, ...]:
+        frame = ImageInput("frame", 16, (0.5,) * 3, (0.25,) * 3, "eyes" if self.config.senses else "box", 0.2)
+        if not self.config.senses:
+            return (frame,)
+        mel = LogMel(bins=8, frame=200, hop=80, fft=256, high_hz=RATE_HZ / 2)
+        return (frame, LandmarkInput("landmarks"), AudioInput("audio", RATE_HZ, 800, 267, optional=True, log_mel=mel))
+
+    def features(self) -> tuple[Described, ...]:
+        return (Described("seen", ("batch", 3), "float32"),)
+
+    def outputs(self) -> tuple[Output, ...]:
+        smoothing = None if self.config.senses else 0.5
+        return (Output("quadrant", "distribution", (0, 1), ("HVHA", "HVLA", "LVHA", "LVLA"), smoothing_s=smoothing),)
+
+    def states(self) -> tuple[StateTensor, ...]:
+        return (StateTensor("memory", ("batch", 3), "float32"),) if self.config.senses else ()
+
+    def clock(self) -> Clock:
+        return Clock(1 / 30, True)
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> Tensors:
+        picture = inputs["frame"].mean((1, 2, 3))
+        if not self.config.senses:
+            return {"seen": picture.unsqueeze(1).expand(-1, 3) * 1.0}
+        loud = inputs["waveform"].abs().mean(1) + inputs["log_mel"].mean((1, 2)) * 0.01
+        present = inputs["audio_present"]
+        return {"seen": torch.stack([picture, inputs["landmarks"].mean((1, 2)), present * loud + (1 - present)], 1)}
+
+    def step_features(
+        self, features: Mapping[str, Tensor], state: Mapping[str, Tensor], dt: Tensor | None = None
+    ) -> tuple[Tensors, Tensors]:
+        memory = features["seen"]
+        if self.config.senses:
+            memory = state["memory"] * 0.5 + memory
+        outputs = {"quadrant": torch.softmax(self.read(memory), -1)}
+        return outputs, ({"memory": memory} if self.config.senses else {})
+
+    def forward_features(
+        self, features: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None, dt: Tensor | None = None
+    ) -> tuple[Tensors, Tensors]:
+        carried, said = self.initial_state(features["seen"].shape[0]) if state is None else dict(state), []
+        for t in range(features["seen"].shape[1]):
+            out, following = self.step_features({"seen": features["seen"][:, t]}, carried)
+            carried |= following
+            said.append(out["quadrant"])
+        return {"quadrant": torch.stack(said, 1)}, carried
+
+
+def recognizer_of(senses: bool, folder: Path) -> Recognizer:
+    model = Toy(ToyConfig(senses)).eval()
+    model.randomise_(3)
+    checkpoint = Checkpoint(model, "toy", "0", "Apache-2.0", False, "0" * 64, "")
+    export_model(checkpoint, CPU, folder / "toy", bounds=CPU.bounds, parity_steps=4)
+    return Recognizer(folder / "toy")
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory: pytest.TempPathFactory) -> Recognizer:
+    return recognizer_of(True, tmp_path_factory.mktemp("hearing"))
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Recognizer:
+    return recognizer_of(False, tmp_path_factory.mktemp("seeing"))
+
+
+CROP = np.full((16, 16, 3), 90, np.uint8)
+SOUND = Audio(np.linspace(-0.5, 0.5, 267, dtype=np.float32), RATE_HZ)
+
+
+def test_sound_is_heard_and_its_absence_is_said(hearing: Recognizer) -> None:
+    points, state = neutral_face(), hearing.initial_state()
+    heard, after = hearing.step(CROP, state, landmarks=points, audio=SOUND)
+    silent, _ = hearing.step(CROP, state, landmarks=points)
+    assert heard.audio_missing is False and silent.audio_missing is True
+    assert heard.quadrant in ("HVHA", "HVLA", "LVHA", "LVLA")
+    np.testing.assert_array_equal(after.arrays["audio"][0, -267:], SOUND.samples)
+    _, forgotten = hearing.step(CROP, after, landmarks=points)
+    assert not forgotten.arrays["audio"].any()
+
+
+def test_one_stream_with_sound_beside_one_without(hearing: Recognizer) -> None:
+    points, states = neutral_face(), [hearing.initial_state()] * 2
+    both, after = hearing.step_many([CROP] * 2, states, [1.0] * 2, landmarks=[points] * 2, audio=[SOUND, None])
+    assert [a.audio_missing for a in both] == [False, True]
+    for i, sound in enumerate((SOUND, None)):
+        _, alone = hearing.step(CROP, states[0], landmarks=points, audio=sound)
+        for name in alone.arrays:
+            np.testing.assert_allclose(after[i].arrays[name], alone.arrays[name], atol=1e-6)
+
+
+def test_what_is_missing_wrong_or_not_wanted_is_named(hearing: Recognizer, seeing: Recognizer) -> None:
+    points, state = neutral_face(), hearing.initial_state()
+    with pytest.raises(InputError, match=r"needs landmarks at every step; it takes a face crop, 68 landmarks, sound"):
+        hearing.step(CROP, state, audio=SOUND)
+    with pytest.raises(InputError, match="needs face_crop"):
+        hearing.step(None, state, landmarks=points)
+    with pytest.raises(InputError, match="68"):
+        hearing.step(CROP, state, landmarks=points[:5])
+    with pytest.raises(InputError, match=r"44100 Hz.*8000 Hz"):
+        hearing.step(CROP, state, landmarks=points, audio=replace(SOUND, rate_hz=44100))
+    with pytest.raises(InputError, match="equally many"):
+        short = replace(SOUND, samples=SOUND.samples[:9])
+        hearing.step_many([CROP] * 2, [state] * 2, [1.0] * 2, landmarks=[points] * 2, audio=[SOUND, short])
+    with pytest.raises(InputError, match="takes no audio"):
+        seeing.step(CROP, seeing.initial_state(), audio=SOUND)
+    with pytest.raises(InputError, match=r"call Recognizer\.step"):
+        hearing.stream()
+
+
+class OneFace:
+    """Finds the same box in every frame."""
+
+    def detect(self, frame: NDArray[np.uint8]) -> list[Face]:
+        points = np.array([[80, 80], [120, 80], [100, 100], [85, 120], [115, 120]], np.float32)
+        return [Face((60.0, 50.0, 80.0, 90.0), points, 0.99)]
+
+
+def test_a_stream_cuts_boxes_and_smooths_a_model_without_memory(seeing: Recognizer) -> None:
+    texture = np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)
+    dark, light = (np.repeat(np.repeat(t, 10, 0), 10, 1) for t in (60 + texture // 3, 100 + texture // 3))
+    stream, probabilities = seeing.stream(OneFace()), []
+    for t, frame in enumerate([dark, light, light, light]):
+        (affect,) = stream.step(frame, t / 30)
+        assert isinstance(affect, Affect) and affect.quadrant is not None
+        (track,) = stream._tracks.values()
+        assert track.smoothed is not None
+        values = np.exp(track.smoothed.values["quadrant"])
+        probabilities.append(values / values.sum())
+    moves = np.abs(np.diff(probabilities, axis=0)).max(1)
+    # Each step goes the same share of what is left of the way: 1 - exp(-(1/30) / 0.5) in logarithms.
+    assert (moves > 1e-4).all() and moves[0] > moves[1] > moves[2]
