@@ -3,7 +3,7 @@
 Each class writes itself with `to_json`; the `read_` functions check what they are given and say what is wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ __all__ = [
     "Output",
     "StateTensor",
     "Tensor",
+    "check_names",
     "read_input",
     "read_output",
     "read_state",
@@ -213,6 +214,24 @@ class AudioInput:
 
 
 Input = ImageInput | LandmarkInput | AudioInput
+
+
+def check_names(model: str, taken: Iterable[Input], given: Iterable[str]) -> None:
+    """Checks which inputs a step is given, before anything is done with them.
+
+    Raises:
+        InputError: one is missing, or there is one that the model does not take.
+    """
+    needed, allowed = set(), set()
+    for each in taken:
+        allowed.add(each.name)
+        if isinstance(each, AudioInput) and each.optional:
+            allowed.add(f"{each.name}_present")
+        else:
+            needed.add(each.name)
+    found = set(given)
+    if not needed <= found <= allowed:
+        raise InputError(f"{model} takes {', '.join(sorted(allowed))}; found {', '.join(sorted(found)) or 'nothing'}")
 
 
 @dataclass(frozen=True)

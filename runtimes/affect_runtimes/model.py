@@ -11,6 +11,7 @@ from affect_runtimes.audio import encoder_inputs
 from affect_runtimes.base import open_engine
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import InputError, StateError
+from affect_runtimes.interface import check_names
 from affect_runtimes.preprocess import prepare_crops
 from affect_runtimes.state import State
 
@@ -78,7 +79,7 @@ class BundleModel:
         """
         image = self.bundle.manifest.image
         if image is None:
-            raise InputError(f"{self.bundle.model_name} takes no picture; it takes {self._inputs_in_words()}")
+            raise InputError(f"{self.bundle.model_name} takes no picture")
         return prepare_crops(image, crops)
 
     def perceive(self, inputs: Mapping[str, Array], state: State) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -93,15 +94,13 @@ class BundleModel:
         Raises:
             InputError: an input is missing, or one that the model does not take.
         """
+        check_names(self.bundle.model_name, self.bundle.manifest.inputs, inputs)
         seen, rings = dict(inputs), {}
         audio = self.bundle.manifest.audio
         if audio is not None:
             chunk, present = seen.pop(audio.name, None), seen.pop(f"{audio.name}_present", None)
             heard, rings[audio.name] = encoder_inputs(audio, state.arrays[audio.name], chunk, present)
             seen |= heard
-        wanted = {t.name for i in self.bundle.manifest.inputs for t in i.graph_inputs}
-        if set(seen) != wanted:
-            raise InputError(f"{self.bundle.model_name} takes {self._inputs_in_words()}; found {sorted(inputs)}")
         return seen, rings
 
     def encode(self, seen: Mapping[str, Array]) -> dict[str, Array]:
@@ -149,6 +148,3 @@ class BundleModel:
         results = self._step.run({**features, "dt": intervals, **{n: state.arrays[n] for n in self._in_graph}})
         arrays = {**state.arrays, **(rings or {}), **{n: results[f"next_{n}"] for n in self._in_graph}}
         return {name: results[name] for name in self._outputs}, State(state.model, arrays, self._axes, batch)
-
-    def _inputs_in_words(self) -> str:
-        return ", ".join(i.name for i in self.bundle.manifest.inputs)

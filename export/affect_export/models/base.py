@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from affect_runtimes.audio import encoder_inputs
 from affect_runtimes.errors import InputError
-from affect_runtimes.interface import AudioInput, Input, Output, StateTensor
+from affect_runtimes.interface import AudioInput, Input, Output, StateTensor, check_names
 from affect_runtimes.interface import Tensor as Described
 from affect_runtimes.manifest import Clock
 
@@ -204,7 +204,16 @@ class AffectModel(nn.Module, ABC):
         return outputs, {**{i.name: carried[i.name] for i in self.inputs() if isinstance(i, AudioInput)}, **following}
 
     def perceive(self, inputs: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
-        """One moment's encoder inputs, and the rings of sound after it."""
+        """One moment's encoder inputs, and the rings of sound after it.
+
+        Args:
+            inputs: as for `step`.
+            state: of the same streams.
+
+        Raises:
+            InputError: an input is missing, is not taken, or has another shape than the model's.
+        """
+        check_names(self.NAME, self.inputs(), inputs)
         seen, rings = dict(inputs), {}
         for heard in self.inputs():
             if not isinstance(heard, AudioInput):
@@ -220,9 +229,11 @@ class AffectModel(nn.Module, ABC):
             )
             seen |= {k: torch.from_numpy(v).to(ring.device, ring.dtype) for k, v in arrays.items()}
             rings[heard.name] = torch.from_numpy(following).to(ring.device, ring.dtype)
-        wanted = {t.name for t in self.encoder_tensors()}
-        if set(seen) != wanted:
-            raise InputError(f"{self.NAME} takes {sorted(i.name for i in self.inputs())}; found {sorted(inputs)}")
+        batch = next(iter(seen.values())).shape[0]
+        for tensor in self.encoder_tensors():
+            found = tuple(seen[tensor.name].shape)
+            if found != tensor.sized(batch):
+                raise InputError(f"{self.NAME}: {tensor.name} is {tensor.sized(batch)}, found {found}")
         return seen, rings
 
     def modernise(self, weights: Mapping[str, Tensor]) -> Tensors:
