@@ -139,6 +139,14 @@ def test_tighten_only_tightens() -> None:
         (["--target", "jetson"], 2, "known: cpu"),
         (["--target", "cpu", "--max-drop", "7"], 2, "fraction"),
         (["--target", "cpu", "--checkpoint", "nowhere.safetensors"], 1, "no such checkpoint"),
+        (["--list-models"], 0, "reno         takes audio; gives vocal_emotion"),
+        (["--target", "cpu", "--model", "mamba-fr"], 2, "did you mean mamba-fer"),
+        (["--target", "cpu", "--model", "reno"], 2, "needs a checkpoint, or random weights"),
+        (["--target", "cpu", "--model", "reno", "--random-weights", "--checkpoint", "x.pt"], 2, "not both"),
+        (["--target", "cpu", "--random-weights", "--preset", "huge"], 2, "known: full, tiny"),
+        (["--target", "cpu", "--random-weights", "--config", "nowhere.json"], 2, "cannot be read"),
+        (["--target", "cpu", "--random-weights", "--config", "{file}"], 2, "not JSON"),
+        (["--target", "cpu", "--random-weights", "--preset", "tiny", "--parity-steps", "0"], 2, "1 to 120 steps"),
         (["--target", "cpu", "--output", "{other}"], 2, "not a bundle"),
         (["--target", "cpu", "--output", "{file}"], 2, "not a folder"),
         (["--target", "cpu", "--output", "{bundle}"], 2, "--force"),
@@ -179,6 +187,26 @@ def test_without_torch_a_command_says_the_pip_line(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
     assert command(arguments) == 1
     assert "needs torch: pip install 'affect-edge[export]'" in capsys.readouterr().err
+
+
+def test_a_model_is_exported_from_a_bare_checkpoint_and_a_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a user does who trained one elsewhere: a state dict, and the sizes that differ from the preset."""
+    (tmp_path / "sizes.json").write_text(json.dumps({"mlp": [8, 8], "expressions": ["calm", "glad", "cross"]}))
+    sizes = json.loads((tmp_path / "sizes.json").read_text())
+    model = load_model("mamba-fer", preset="tiny", changes=sizes, random_weights=True).model
+    torch.save(model.state_dict(), tmp_path / "mine.pt")
+    base = ["--model", "mamba-fer", "--target", "cpu", "--checkpoint", str(tmp_path / "mine.pt"), "--preset", "tiny"]
+    base += ["--parity-steps", "3", "--output", str(tmp_path / "bundle")]
+    assert cli.main(base) == 1
+    assert "of another shape" in capsys.readouterr().err
+    assert cli.main([*base, "--config", str(tmp_path / "sizes.json")]) == 0
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert manifest.trained and manifest.licence == "unstated"
+    assert manifest.outputs[0].labels == ("calm", "glad", "cross")
+    card = (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
+    assert "not known here" in card and "Of its own weights, not of these: The paper reports" in card
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:
