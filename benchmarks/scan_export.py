@@ -10,16 +10,14 @@ over to another machine.
 """
 
 import argparse
-import platform
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
+from timing import machine, taking_turns
 from torch import Tensor, nn
 
 from affect_export.models import scan
@@ -70,28 +68,6 @@ class Network(nn.Module):
         return self.model.encode({"frame": tensors[0]})["features"]
 
 
-def cpu_name() -> str:
-    """The processor's name where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def taking_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
-    """Milliseconds of every call, run in turn `repeats` times after a tenth as many for warming up."""
-    warm_up = max(2, repeats // 10)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(repeats + warm_up):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if i >= warm_up:
-                times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: np.array(values) for name, values in times.items()}
-
-
 def exported(module: nn.Module, samples: dict[str, Tensor], output: tuple[int, ...]) -> Any:
     """An ONNX Runtime session of the module on one thread."""
     inputs = tuple(Described(name, ("batch", *v.shape[1:]), "float32") for name, v in samples.items())
@@ -128,7 +104,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = MSVSSMConfig()
-    print(f"{cpu_name()}, {platform.system()}, Python {platform.python_version()}, 1 thread, {options.repeats} repeats")
+    print(machine(options.repeats))
     print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, one picture")
     print(f"{'':36}{'ONNX Runtime ms':>20}{'PyTorch ms':>20}{'PyTorch':>8}")
     print(f"{'':22}{'positions x D':>14}{'median':>10}{'p99':>10}{'median':>10}{'p99':>10}{'/ ONNX':>8}{'max |Δ|':>10}")

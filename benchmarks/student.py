@@ -7,41 +7,17 @@ are milliseconds; the ratio is what carries over to another machine.
 """
 
 import argparse
-import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from timing import machine, taking_turns
 
 from affect_edge import Recognizer
 from affect_export.models.checkpoint import SHIPPED, load_model
 from affect_export.parity_data import carphone_crops
 from affect_runtimes.model import BundleModel
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def taking_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
-    """Milliseconds of every call, run in turn `repeats` times after a tenth as many for warming up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(repeats + repeats // 10):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if i >= repeats // 10:
-                times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: np.array(values) for name, values in times.items()}
 
 
 def import_ms(statement: str, repeats: int = 5) -> float:
@@ -60,7 +36,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     bundle, student = BundleModel(Recognizer().bundle), load_model("student", SHIPPED).model
-    print(f"{cpu_name()}, {platform.system()}, Python {platform.python_version()}, 1 thread, {repeats} repeats")
+    print(machine(repeats))
     frames = {"frame": bundle.normalise(carphone_crops()[:1])}
     features, tensors = bundle.encode(frames), {"frame": torch.from_numpy(frames["frame"])}
     state, torch_state = bundle.initial_state(), student.initial_state(1)

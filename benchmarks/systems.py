@@ -1,34 +1,57 @@
-"""One recurrent step against running the sequence form over its whole window each frame, PyTorch, one thread.
+"""One recurrent step against running the sequence form over its whole window each frame; one thread.
 
     python benchmarks/systems.py [--repeats 15] [--steps 100000]
 
-The second is what the papers' code would do live: 300 frames for Mamba-VA, 256 for AG-SSM, 16 for Mamba-FER, whose
-encoders would have cached their features. Both run in this one process on the same random features and full-size
-random weights, taking turns; the encoders are not in it. Then the state that a stream carries, and the process's peak
-memory over many steps of each model's exported recurrent graph in its tiny preset.
+The window is what the papers' code would run live: 300 frames for Mamba-VA, 256 for AG-SSM, 16 for Mamba-FER. Only the
+recurrent halves are timed, from features that an encoder would have left, at full size with random weights: the
+sequence form in PyTorch, the step in PyTorch and the exported step in ONNX Runtime, in this one process, taking turns.
+Then each model's state, and the peak memory (Linux) of a fresh process
+that steps the tiny preset's bundle over and over.
 """
 
 import argparse
-import platform
-import resource
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
-from student import cpu_name, taking_turns
+from timing import machine, taking_turns
 
+from affect_export import graphs
 from affect_export.export import export_model
 from affect_export.models.base import AffectModel
 from affect_export.models.checkpoint import load_model
 from affect_export.targets import TARGETS
-from affect_runtimes.model import BundleModel
+from affect_export.targets.cpu import write_onnx
 
 WINDOWS = {"mamba-va": 300, "ag-ssm": 256, "mamba-fer": 16}
-
-
 # Full size but for the encoders, which are not timed: one layer each saves gigabytes.
 SHALLOW = {"mamba-va": {"encoder_layers": 1}, "ag-ssm": {"vit_layers": 1, "wavlm_layers": 1}, "mamba-fer": {}}
+
+MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+from affect_runtimes.model import BundleModel
+
+def peak_mib():
+    # Not getrusage: its peak begins with that of the process that forked this one.
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+model, steps = BundleModel(sys.argv[1]), int(sys.argv[2])
+wanted, rng = model.bundle.manifest.graph("encoder").outputs, np.random.default_rng(0)
+given = {t.name: rng.standard_normal(t.sized(1)).astype(np.float32) for t in wanted}
+state, said = model.initial_state(), []
+for step in range(1, steps + 1):
+    _, state = model.step_features(given, state)
+    if step in (steps // 100, steps // 10, steps):
+        said.append(f"after {step:,}: {peak_mib():.1f}")
+print("; ".join(said))
+"""
 
 
 def features(model: AffectModel, steps: int) -> dict[str, torch.Tensor]:
@@ -37,54 +60,62 @@ def features(model: AffectModel, steps: int) -> dict[str, torch.Tensor]:
     return {t.name: torch.randn(1, steps, *map(int, t.shape[1:]), generator=g) for t in model.features()}
 
 
+def exported_step(model: AffectModel) -> onnxruntime.InferenceSession:
+    """The step graph in ONNX Runtime on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "step.onnx"
+        write_onnx(graphs.graph_sources(model)[1], path)
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def speed(name: str, window: int, repeats: int) -> None:
+    """Prints one line of the first table."""
+    model = graphs.folded(load_model(name, random_weights=True, changes=SHALLOW[name]).model)
+    whole, session = features(model, window), exported_step(model)
+    moment = {k: v[:, -1] for k, v in whole.items()}
+    state = {s.name: torch.zeros(s.sized(1)) for s in model.states()}
+    arrays = {k: v.numpy() for k, v in {**moment, **state, "dt": torch.ones(1)}.items()}
+    feed = {i.name: arrays[i.name] for i in session.get_inputs()}
+    with torch.inference_mode():
+        times = taking_turns(
+            {
+                "window": lambda: model.forward_features(whole),
+                "step": lambda: model.step_features(moment, state),
+                "exported": lambda: session.run(None, feed),
+            },
+            repeats,
+        )
+    figures = "".join(f"{np.median(t):11.3f}{np.percentile(t, 99):10.3f}" for t in times.values())
+    median = {k: np.median(t) for k, t in times.items()}
+    ratios = f"{median['window'] / median['step']:9.0f}{median['window'] / median['exported']:10.0f}"
+    print(f"{name:10}{window:7}{figures}{ratios}", flush=True)
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=100_000, help="of the memory run")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    repeats = arguments.repeats
-    print(f"{cpu_name()}, {platform.system()}, Python {platform.python_version()}, 1 thread, {repeats} repeats")
-    print(
-        f"{'':12}{'window':>8}{'step ms':>10}{'p99':>8}{'window ms':>12}{'p99':>10}{'window / step':>15}"
-        f"{'state KiB':>11}"
-    )
+    print(machine(options.repeats))
+    print(f"{'':17}{'window, PyTorch ms':>21}{'step, PyTorch ms':>21}{'step, exported ms':>21}{'window / step':>19}")
+    print(f"{'':10}{'frames':>7}" + f"{'median':>11}{'p99':>10}" * 3 + f"{'PyTorch':>9}{'exported':>10}")
     for name, window in WINDOWS.items():
-        model = load_model(name, random_weights=True, changes=SHALLOW[name]).model
-        whole = features(model, window)
-        moment = {k: v[:, -1] for k, v in whole.items()}
-        state = {s.name: torch.zeros(s.sized(1)) for s in model.states()}
-        with torch.inference_mode():
-            times = taking_turns(
-                {
-                    "step": lambda m=model, x=moment, s=state: m.step_features(x, s),
-                    "window": lambda m=model, x=whole: m.forward_features(x),
-                },
-                repeats,
-            )
-        step, over = times["step"], times["window"]
-        kib = sum(4 * np.prod(s.sized(1)) for s in model.all_states()) / 1024
-        print(
-            f"{name:12}{window:8}{np.median(step):10.2f}{np.percentile(step, 99):8.2f}{np.median(over):12.1f}"
-            f"{np.percentile(over, 99):10.1f}{np.median(over) / np.median(step):15.0f}{kib:11.1f}"
-        )
-        del model
-    print(f"\npeak memory of the process, MiB, while the tiny preset's exported step runs {arguments.steps:,} times")
+        speed(name, window, options.repeats)
+    print("\nstate of one stream in bytes; peak memory in MiB of a process that steps the tiny preset's bundle")
     for name in WINDOWS:
+        full = load_model(name, random_weights=True, changes=SHALLOW[name]).model
+        size = sum(4 * int(np.prod(s.sized(1))) for s in full.all_states())
         with tempfile.TemporaryDirectory() as folder:
-            target = TARGETS["cpu"]
+            target, bundle = TARGETS["cpu"], Path(folder) / "bundle"
             checkpoint = load_model(name, preset="tiny", random_weights=True)
-            export_model(checkpoint, target, Path(folder) / "b", bounds=target.bounds, parity_steps=3)
-            bundle = BundleModel(Path(folder) / "b")
-        rng, wanted = np.random.default_rng(0), bundle.bundle.manifest.graph("encoder").outputs
-        given = {t.name: rng.standard_normal(t.sized(1)).astype(np.float32) for t in wanted}
-        state, peaks = bundle.initial_state(), []
-        for step in range(arguments.steps):
-            _, state = bundle.step_features(given, state)
-            if step + 1 in (arguments.steps // 100, arguments.steps // 10, arguments.steps):
-                peaks.append(f"after {step + 1:,}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}")
-        print(f"{name:12}{'; '.join(peaks)}")
+            export_model(checkpoint, target, bundle, bounds=target.bounds, parity_steps=3)
+            command = [sys.executable, "-c", MEMORY, str(bundle), str(options.steps)]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        print(f"{name:10} {size:>9,}   {said}", flush=True)
 
 
 if __name__ == "__main__":

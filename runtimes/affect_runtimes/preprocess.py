@@ -188,8 +188,9 @@ def crop_box(
     inside = picture[max(low[1], 0) : max(high[1], 1), max(low[0], 0) : max(high[0], 1)]
     if 0 in inside.shape:
         raise InputError(f"the face box {box} lies outside the frame of {right} x {bottom} pixels")
-    border = [max(-low[1], 0), max(high[1] - bottom, 0), max(-low[0], 0), max(high[0] - right, 0)]
-    square = cv2.copyMakeBorder(inside, *(int(b) for b in border), cv2.BORDER_REPLICATE)
+    above, under = max(-int(low[1]), 0), max(int(high[1]) - bottom, 0)
+    before, after = max(-int(low[0]), 0), max(int(high[0]) - right, 0)
+    square = cv2.copyMakeBorder(inside, above, under, before, after, cv2.BORDER_REPLICATE)
     shrinks = square.shape[0] > size
     crop = cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     return np.asarray(crop, np.uint8)

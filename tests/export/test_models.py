@@ -49,10 +49,9 @@ def test_scan_is_the_recurrence() -> None:
     x, delta = rng.standard_normal((2, 7, 3)), rng.uniform(0.01, 2, (2, 7, 3))
     a, b, c = -rng.uniform(0.1, 4, (3, 5)), rng.standard_normal((2, 7, 5)), rng.standard_normal((2, 7, 5))
     skip, state = rng.standard_normal(3), rng.standard_normal((2, 3, 5))
-    arguments = (x, delta, a, b, c, skip, state)
-    tensors = [torch.from_numpy(v) for v in arguments]
-    y, last = selective_scan(*tensors)
-    expected_y, expected_last = scan_reference(*arguments)
+    t = torch.from_numpy
+    y, last = selective_scan(t(x), t(delta), t(a), t(b), t(c), t(skip), t(state))
+    expected_y, expected_last = scan_reference(x, delta, a, b, c, skip, state)
     np.testing.assert_allclose(y.numpy(), expected_y, atol=1e-12)
     np.testing.assert_allclose(last.numpy(), expected_last, atol=1e-12)
 

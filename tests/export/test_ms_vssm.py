@@ -64,17 +64,18 @@ def reference_pyramid(p: dict[str, Array], x: Array) -> Array:
     return one_by_one("fuse", np.concatenate(branches))
 
 
-@pytest.mark.parametrize(("height", "width"), [(6, 9), (2, 2), (1, 1)])
-def test_pyramid_is_the_formula(height: int, width: int) -> None:
+@pytest.mark.parametrize(("height", "width", "shortcut"), [(6, 9, False), (6, 9, True), (2, 2, False), (1, 1, False)])
+def test_pyramid_is_the_formula(height: int, width: int, shortcut: bool) -> None:
     """Also on pictures smaller than its widest pool."""
     torch.manual_seed(0)
-    pyramid = DSPP(8, 3).double()
+    pyramid = DSPP(8, 3, shortcut).double()
     x = torch.randn(2, 8, height, width, dtype=torch.float64)
     with torch.no_grad():
         found = pyramid(x).numpy()
     p = {name: v.detach().numpy() for name, v in pyramid.named_parameters()}
     for i in range(2):
-        np.testing.assert_allclose(found[i], reference_pyramid(p, x[i].numpy()), atol=EXACT)
+        expected = reference_pyramid(p, x[i].numpy()) + (x[i].numpy() if shortcut else 0.0)
+        np.testing.assert_allclose(found[i], expected, atol=EXACT)
 
 
 def reference_network(model: MSVSSM, x: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ parameters in in_proj and out_proj, which the directions share, and e d^2 / 4 in
 whose low rank is d / 16: 3.25 e d^2, or 4.875 d^2 at expand e = 1.5. Published are 69.3 M, which over 24 blocks is
 4.9 d^2 a block. So expand is 1.5 here; the usual 2 would make 96 M. The rest (B, C, A, D, short convolutions, norm)
 adds (9 N + 23) d. With mamba-ssm's N 16, tiny, small and base come to 5.15, 18.93 and 72.36 M: 7.3, 5.7 and 4.4 % more
-than published. The public code of arXiv:2406.02178 has those counts from 12 one-way blocks of expand 3 and N 24, each
-9.4 d^2, so nearly two of ours.
+than published. The encoder that the counts belong to, that of arXiv:2406.02178, is another one, with 12 one-way blocks
+of 9.4 d^2, each nearly two of ours: `one_way_audio_mamba`, which takes its published weights.
 
 How the pooled size comes out: bands x width. The published 960, 1920 and 3840 are 5 x width: 80 mel bins in patches of
-16 bins (16 x 4 frames in that code). 128 bins make 8 bands: 1536, 3072 and 6144. `bins=80` gives the published sizes.
+16 bins. 128 bins make 8 bands: 1536, 3072 and 6144. `bins=80` gives the published sizes.
 
 Other choices of ours (open): LayerNorm, which every engine has, instead of RMSNorm; no class token, because the tokens
 themselves are pooled.
@@ -44,12 +44,12 @@ from affect_export.models import scan
 from affect_export.models.mamba import Mamba, MambaConfig
 from affect_runtimes.errors import InputError
 
-__all__ = ["AudioMamba", "AudioMambaConfig", "BidirectionalMamba"]
+__all__ = ["AudioMamba", "AudioMambaConfig", "BidirectionalMamba", "PatchEmbed"]
 
 
 @dataclass(frozen=True)
 class AudioMambaConfig:
-    """Sizes of an `AudioMamba`.
+    """Sizes of an `AudioMamba`, which has the defaults, or of a `OneWayAudioMamba`.
 
     Attributes:
         frames: of the spectrogram, a multiple of patch_frames.
@@ -174,7 +174,9 @@ class _Block(nn.Module):
         return x + cast(Tensor, self.mixer(self.norm(x)))
 
 
-class _PatchEmbed(nn.Module):
+class PatchEmbed(nn.Module):
+    """(B, frames, bins) -> (B, moments x bands, width), in order of time and, within a moment, of band."""
+
     def __init__(self, config: AudioMambaConfig) -> None:
         super().__init__()
         patch = (config.patch_frames, config.patch_bins)
@@ -192,7 +194,7 @@ class AudioMamba(nn.Module):
         super().__init__()
         self.config = config
         mamba = MambaConfig(config.width, config.d_state, config.d_conv, config.expand)
-        self.patch_embed = _PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.moments * config.bands, config.width))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.layers = nn.ModuleList(_Block(mamba) for _ in range(config.blocks))

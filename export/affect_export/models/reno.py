@@ -14,8 +14,10 @@ No mark is the paper, [code] its authors' public code and other public descripti
 
 - The two foundation models' last hidden states are averaged over time; [code] they stay frozen while RENO is trained.
   They are `encode`; everything after them is the step.
-- Audio Mamba [code]: 4.8, 17.9, 69.3 M parameters, pooled 960, 1920, 3840. (open) Two-way, 24 blocks, 128 mel bins, so
-  that 8 bands are pooled; `audio_mamba` says how both come out, and `bins=80` gives the published 3840.
+- Audio Mamba [code]: 4.8, 17.9, 69.3 M parameters, pooled 960, 1920, 3840. (open) `encoder="two-way"`, the default: 24
+  blocks that scan both ways, 128 mel bins, so that 8 bands are pooled; `audio_mamba` says how both come out, and
+  `bins=80` gives the published 3840. [code] `encoder="one-way"` is the encoder with those counts and sizes, of which
+  there are published weights; the authors used them, pooled over whole recordings. `one_way_audio_mamba` describes it.
 - Attention model [code]: 768-d. (open) WavLM base, by the names of transformers.
 - Self-attention over each representation; [code] the pooled vector is read as a sequence of one channel by two 1-D
   convolutions (32 and 64 filters, kernel 3), each with ReLU and max-pooling by 2, and its positions are the tokens of
@@ -36,9 +38,16 @@ No mark is the paper, [code] its authors' public code and other public descripti
 - Data sets: ASVP-ESD, JNV, VIVAE; each has classes of its own, so they are part of the configuration, and with it of
   the checkpoint and the manifest. The default is the 12 emotions of ASVP-ESD.
 
-The Audio Mamba scans both ways, so RENO is a window model: it keeps the ring of the last samples, which the base class
-and the device's runtime carry, and no other state. A step's result is a function of the ring alone; dt is accepted and
-has no effect, because samples carry their own clock.
+The published encoder's weights: `RENOConfig.published` is the configuration, for "tiny", "small" or "base", and
+
+    reno = RENO(RENOConfig.published("base"))
+    reno.mamba.load_state_dict(encoder_weights(checkpoint["model"]))
+
+puts them in place before the head is trained. A checkpoint of the whole may have them under their public names too.
+
+The Audio Mamba sees a whole window, scanning it both ways or standardising it, so RENO is a window model: it keeps the
+ring of the last samples, which the base class and the device's runtime carry, and no other state. A step's result is a
+function of the ring alone; dt is accepted and has no effect, because samples carry their own clock.
 """
 
 from collections.abc import Mapping
@@ -47,9 +56,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from affect_export.models import foundation
 from affect_export.models.audio_mamba import AudioMamba, AudioMambaConfig
 from affect_export.models.base import AffectModel, ModelConfig, Tensors
-from affect_export.models.foundation import wavlm
+from affect_export.models.one_way_audio_mamba import OneWayAudioMamba, encoder_weights
 from affect_runtimes.errors import InputError
 from affect_runtimes.interface import AudioInput, Input, LogMel, Output, StateTensor
 from affect_runtimes.interface import Tensor as Described
@@ -73,6 +83,8 @@ ASVP_ESD = (
 )
 """The emotions of ASVP-ESD in the order of its file names."""
 
+_ENCODERS: dict[str, type[AudioMamba] | type[OneWayAudioMamba]] = {"two-way": AudioMamba, "one-way": OneWayAudioMamba}
+_PUBLISHED_WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 _WAVLM_FIRST_TOKEN = 400
 
 
@@ -82,6 +94,8 @@ class RENOConfig(ModelConfig):
 
     Attributes:
         labels: the classes, in the order of the output; at least two.
+        encoder: "two-way" or "one-way", which Audio Mamba; published weights are of the one-way kind, whose other
+            settings `published` gives.
         rate_hz: sample rate.
         frames: log-mel frames of one window, a multiple of patch_frames.
         hop: samples that a step usually brings.
@@ -91,8 +105,8 @@ class RENOConfig(ModelConfig):
         fft: length of the log-mel transform.
         low_hz: lower edge of the lowest mel band.
         high_hz: upper edge of the highest mel band.
-        mel_mean: subtracted from the log-mel values.
-        mel_std: divides them.
+        mel_mean: subtracted from the log-mel values; 0 for the one-way encoder, which standardises each window itself.
+        mel_std: divides them; 1 for the one-way encoder.
         patch_frames: frames of one patch.
         patch_bins: bins of one patch.
         mamba_width: of the Audio Mamba: 192, 384, 768 for tiny, small, base.
@@ -115,6 +129,7 @@ class RENOConfig(ModelConfig):
     """
 
     labels: tuple[str, ...] = ASVP_ESD
+    encoder: str = "two-way"
     rate_hz: int = 16000
     frames: int = 192
     hop: int = 8000
@@ -149,6 +164,14 @@ class RENOConfig(ModelConfig):
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
             raise InputError(f"labels: expected two or more different names, found {self.labels}")
+        if self.encoder not in _ENCODERS:
+            raise InputError(f"unknown encoder {self.encoder!r}; known: {', '.join(_ENCODERS)}")
+        if self.encoder == "one-way" and (self.mel_mean, self.mel_std) != (0.0, 1.0):
+            raise InputError(
+                "the one-way encoder standardises each window itself and takes the log-mel values as they are, with "
+                f"mel_mean 0 and mel_std 1; found {self.mel_mean:g} and {self.mel_std:g} "
+                "(RENOConfig.published gives all its settings)"
+            )
         if self.filters[-1] % self.heads or self.align % self.heads:
             raise InputError(
                 f"heads {self.heads} does not divide both filters[-1] {self.filters[-1]} and align {self.align}"
@@ -188,6 +211,33 @@ class RENOConfig(ModelConfig):
             filters=(4, 8),
             align=16,
             dense=(32, 16),
+        )
+
+    @classmethod
+    def published(cls, size: str = "base") -> "RENOConfig":
+        """With the one-way encoder as its public code and weights have it, and the window it was trained on.
+
+        Args:
+            size: "tiny", "small" or "base".
+
+        Raises:
+            InputError: another size.
+        """
+        if size not in _PUBLISHED_WIDTHS:
+            raise InputError(f"there is no published encoder of size {size!r}; known: {', '.join(_PUBLISHED_WIDTHS)}")
+        return cls(
+            encoder="one-way",
+            frames=200,
+            bins=80,
+            fft=400,
+            low_hz=50.0,
+            mel_mean=0.0,
+            mel_std=1.0,
+            patch_frames=4,
+            mamba_width=_PUBLISHED_WIDTHS[size],
+            mamba_blocks=12,
+            mamba_state=24,
+            mamba_expand=3.0,
         )
 
     @property
@@ -281,8 +331,8 @@ class RENO(AffectModel):
         super().__init__()
         self.config: RENOConfig = config or RENOConfig()
         config = self.config
-        self.mamba = AudioMamba(config.audio_mamba)
-        self.wavlm = wavlm(
+        self.mamba = _ENCODERS[config.encoder](config.audio_mamba)
+        self.wavlm = foundation.wavlm(
             width=config.wavlm_width,
             layers=config.wavlm_layers,
             heads=config.wavlm_heads,
@@ -325,6 +375,12 @@ class RENO(AffectModel):
 
     def clock(self) -> Clock:
         return Clock(self.config.hop / self.config.rate_hz, variable_dt=False)
+
+    def modernise(self, weights: Mapping[str, Tensor]) -> Tensors:
+        """As in the base; also the one-way encoder's public weights, under their own names or within `mamba`."""
+        if self.config.encoder == "one-way":
+            weights = encoder_weights(weights, "mamba.")
+        return foundation.modernise(weights, "wavlm.")
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Tensors:
         """One window: waveform (N, window) and log_mel (N, frames, bins) -> mamba and attention, pooled over time."""

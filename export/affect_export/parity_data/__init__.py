@@ -54,7 +54,7 @@ def synthetic_voice(samples: int, rate_hz: int, seed: int = 0) -> NDArray[np.flo
     harmonics = sum(np.sin(k * phase + rng.uniform(0, 6)) / k**1.2 for k in range(1, 20))
     syllables = 0.5 + 0.5 * np.sin(2 * np.pi * 3.1 * t + rng.uniform(0, 6))
     breath = 0.05 * rng.standard_normal(samples)
-    return np.clip(0.25 * syllables * harmonics + breath, -1, 1).astype(np.float32)
+    return np.asarray(np.clip(0.25 * syllables * harmonics + breath, -1, 1), np.float32)
 
 
 def clip_inputs(inputs: Sequence[Input], steps: int = CLIP_STEPS) -> dict[str, Array]:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from affect_export.targets.base import GraphSource, Target, WrittenGraph
@@ -34,26 +35,19 @@ def write_onnx(source: GraphSource, path: Path) -> str | None:
     samples = tuple(torch.zeros(tensor.sized(2)) for tensor in source.inputs)
     batch = torch.export.Dim("batch", min=1, max=1024)
     dynamic = tuple({tensor.batch_axis: batch} for tensor in source.inputs)
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        # The exporter prints its progress and warns about its own internals; what matters raises.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                source.module,
-                samples,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[t.name for t in source.inputs],
-                output_names=[t.name for t in source.outputs],
-                # One entry: the modules take their tensors as *args.
-                dynamic_shapes=(dynamic,),
-                external_data=False,
-                verbose=False,
-            )
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            source.module,
+            samples,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[t.name for t in source.inputs],
+            output_names=[t.name for t in source.outputs],
+            # One entry: the modules take their tensors as *args.
+            dynamic_shapes=(dynamic,),
+            external_data=False,
+            verbose=False,
+        )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
@@ -68,6 +62,22 @@ def write_onnx(source: GraphSource, path: Path) -> str | None:
     _strip(model, source)
     path.write_bytes(model.SerializeToString(deterministic=True))
     return written.name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress and warns about its own internals; what matters raises."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _strip(model, source: GraphSource) -> None:  # type: ignore[no-untyped-def]
