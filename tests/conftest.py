@@ -5,37 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from affect_export.export import export_model
 from affect_export.models.checkpoint import Checkpoint, load_model, save_model
-from affect_export.models.student import Student, StudentConfig
 from affect_export.parity_data import carphone_crops
 from affect_export.targets import TARGETS
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.model import BundleModel
 
 
-def random_student(seed: int) -> Student:
-    """A tiny student in which every part matters: the scan's share of the output is as large as the rest."""
-    torch.manual_seed(seed)
-    model = Student(StudentConfig.tiny()).eval()
-    with torch.no_grad():
-        for _, block in model._layers():
-            # Slow decay and a strong path through the state; at the usual start the skip path hides the scan.
-            block.out_proj.weight.mul_(4.0)
-            block.x_proj.weight.mul_(4.0)
-            block.dt_proj.bias.fill_(-1.0)
-            block.D.fill_(0.1)
-    return model
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Random weights, saved and loaded again."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_model(random_student(1), path, version="0.0.1", trained=False)
+    save_model(
+        load_model("student", preset="tiny", random_weights=True, seed=1).model, path, version="0.0.1", trained=False
+    )
     return load_model("student", path)
 
 

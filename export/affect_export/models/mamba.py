@@ -11,7 +11,9 @@ Source: Gu and Dao 2023, arXiv:2312.00752, section 3.4.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from affect_export.models import scan
 
-__all__ = ["Mamba", "MambaConfig", "MambaState"]
+__all__ = ["Mamba", "MambaConfig", "MambaState", "calm_", "through_blocks"]
 
 MambaState = tuple[Tensor, Tensor]
 """(conv, ssm) of one block: (B, d_inner, d_conv - 1), oldest first, and (B, d_inner, d_state)."""
@@ -145,3 +147,48 @@ class Mamba(nn.Module):
         low_rank, b, c = self.x_proj(signal).split([self.config.rank, n, n], dim=-1)
         delta = F.softplus(self.dt_proj(low_rank))
         return (delta if dt is None else delta * dt), b, c
+
+
+def through_blocks(
+    blocks: Iterable[nn.Module],
+    norms: Iterable[nn.Module],
+    x: Tensor,
+    state: Mapping[str, Tensor],
+    dt: Tensor | None,
+    *,
+    post_norm: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A stack of Mamba blocks with a residual around each: x + block(norm(x)), or norm(x + block(x)).
+
+    Args:
+        blocks: `Mamba` each.
+        norms: one for each block.
+        x: (B, d_model) for one frame, (B, T, d_model) for a sequence.
+        state: `conv` (layers, B, d_inner, d_conv - 1) and `ssm` (layers, B, d_inner, d_state).
+        dt: (B,) or (B, T); None is 1.
+        post_norm: which of the two forms.
+
+    Returns:
+        The shape of x, and the next `conv` and `ssm`.
+    """
+    conv, ssm = [], []
+    # Containers of torch forget the type of what they hold.
+    for i, (block, norm) in enumerate(zip(cast(Iterable[Mamba], blocks), norms, strict=True)):
+        run = block.step if x.ndim == 2 else block.forward
+        y, (next_conv, next_ssm) = run(x if post_norm else norm(x), (state["conv"][i], state["ssm"][i]), dt)
+        x = norm(x + y) if post_norm else x + y
+        conv.append(next_conv)
+        ssm.append(next_ssm)
+    return x, {"conv": torch.stack(conv), "ssm": torch.stack(ssm)}
+
+
+def calm_(blocks: Iterable[nn.Module]) -> None:
+    """Makes random weights of wide blocks smaller where they multiply: in delta, B and C.
+
+    After `randomise_` alone, blocks of a thousand channels carry states of a hundred and more, and errors in fp32 to
+    match, which would say nothing about an artefact.
+    """
+    with torch.no_grad():
+        for block in cast(Iterable[Mamba], blocks):
+            block.x_proj.weight.mul_(0.25)
+            block.dt_proj.weight.mul_(0.5)

@@ -39,9 +39,8 @@ it has (the paper, offline, repeats frames instead). Sixteen steps from a reset 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +49,7 @@ from torch import Tensor, nn
 from affect_export.models.base import AffectModel, ModelConfig, Tensors
 from affect_export.models.efficientnetv2 import EfficientNetV2, mean_over_pixels
 from affect_export.models.facial_cbam import FacialCBAM
-from affect_export.models.mamba import Mamba, MambaConfig
+from affect_export.models.mamba import Mamba, MambaConfig, calm_, through_blocks
 from affect_runtimes.errors import InputError
 from affect_runtimes.interface import Filter, ImageInput, Input, LandmarkInput, Output, StateTensor
 from affect_runtimes.interface import Tensor as Described
@@ -351,37 +350,24 @@ class MambaFER(AffectModel):
     def step_features(
         self, features: Mapping[str, Tensor], state: Mapping[str, Tensor], dt: Tensor | None = None
     ) -> tuple[Tensors, Tensors]:
-        x, conv, ssm = features["face"], [], []
-        for i, (norm, block) in enumerate(self._layers()):
-            y, (next_conv, next_ssm) = block.step(norm(x), (state["conv"][i], state["ssm"][i]), dt)
-            x = x + y
-            conv.append(next_conv)
-            ssm.append(next_ssm)
+        x, following = through_blocks(self.blocks, self.norms, features["face"], state, dt)
         newest = zip(("queries", "keys", "values"), self.attention.project(self.norm(x)), strict=True)
         rings = {name: torch.cat([state[name][:, 1:], new.unsqueeze(1)], 1) for name, new in newest}
         rings["seen"] = torch.cat([state["seen"][:, 1:], torch.ones_like(state["seen"][:, :1])], 1)
         window = self.attention(*rings.values())
-        return self._outputs(window, features["unit_logits"]), {
-            "conv": torch.stack(conv),
-            "ssm": torch.stack(ssm),
-            **rings,
-        }
+        return self._outputs(window, features["unit_logits"]), following | rings
 
-    def _layers(self) -> Iterable[tuple[nn.Module, Mamba]]:
-        # Containers of torch forget the type of what they hold.
-        return zip(self.norms, cast(Iterable[Mamba], self.blocks), strict=True)
+    def randomise_(self, seed: int = 0) -> None:
+        """As in the base, with calmer blocks."""
+        super().randomise_(seed)
+        calm_(self.blocks)
 
     def _window_sequence(
         self, x: Tensor, state: Mapping[str, Tensor] | None, dt: Tensor | None
     ) -> tuple[Tensor, Tensors]:
         """(B, T, d_model) -> at every moment the mean attention of the last frames (B, T, d_model); the next state."""
         state = self.initial_state(x.shape[0]) if state is None else state
-        conv, ssm = [], []
-        for i, (norm, block) in enumerate(self._layers()):
-            y, (next_conv, next_ssm) = block(norm(x), (state["conv"][i], state["ssm"][i]), dt)
-            x = x + y
-            conv.append(next_conv)
-            ssm.append(next_ssm)
+        x, following = through_blocks(self.blocks, self.norms, x, state, dt)
         size = self.config.window
         new = dict(zip(("queries", "keys", "values"), self.attention.project(self.norm(x)), strict=True))
         new["seen"] = torch.ones_like(x[..., 0])
@@ -391,7 +377,7 @@ class MambaFER(AffectModel):
         query, key, value = (w.transpose(-1, -2) for w in windows[:3])
         rings = {name: p[:, p.shape[1] - size :] for name, p in past.items()}
         attended = self.attention(query, key, value, windows[3])
-        return attended, {"conv": torch.stack(conv), "ssm": torch.stack(ssm), **rings}
+        return attended, following | rings
 
     def _outputs(self, window: Tensor, unit_logits: Tensor) -> Tensors:
         return {

@@ -34,7 +34,7 @@ so this is no model for a varying rate; dt still scales the scan's delta.
 The TCN carries nearly all of the head's weight, 66.2 of 67.4 million parameters, and nearly all of its state.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from affect_export.models import foundation
 from affect_export.models.base import AffectModel, ModelConfig, Tensors
-from affect_export.models.mamba import Mamba, MambaConfig
+from affect_export.models.mamba import Mamba, MambaConfig, calm_, through_blocks
 from affect_export.models.tcn import TCN, modern_weight_norm_names
 from affect_runtimes.errors import InputError
 from affect_runtimes.interface import ImageInput, Input, Output, StateTensor
@@ -210,14 +210,8 @@ class MambaVA(AffectModel):
     ) -> tuple[Tensors, Tensors]:
         """One frame: `feature` (B, encoder_width)."""
         x, rings = self.tcn.step(features["feature"], self._rings(state))
-        x = self._normalise(x)
-        conv, ssm = [], []
-        for i, (block, norm) in enumerate(self._layers()):
-            y, (next_conv, next_ssm) = block.step(x, (state["conv"][i], state["ssm"][i]), dt)
-            x = norm(x + y)
-            conv.append(next_conv)
-            ssm.append(next_ssm)
-        return self._bounded(self.head(self.project(x))), self._state(rings, conv, ssm)
+        x, following = through_blocks(self.blocks, self.norms, self._normalise(x), state, dt, post_norm=True)
+        return self._bounded(self.head(self.project(x))), self._named_rings(rings) | following
 
     def logits_features(self, features: Mapping[str, Tensor], dt: Tensor | None = None) -> Tensors:
         """What training needs: a sequence from a fresh state, before the bound."""
@@ -227,45 +221,30 @@ class MambaVA(AffectModel):
         return modern_weight_norm_names(foundation.modernise(weights, "encoder."))
 
     def randomise_(self, seed: int = 0) -> None:
-        """As in the base, for a chain without pre-norm and with a bound at its end.
-
-        Delta, B and C are taken smaller: they multiply, and through four blocks on each other's output states of 100
-        would come of them, with errors in fp32 to match. And a clipped output would hide what happens before it.
-        """
+        """As in the base, with calmer blocks, and inside the bound: a clipped output would hide what is before it."""
         super().randomise_(seed)
+        calm_(self.blocks)
         with torch.no_grad():
-            for block, _ in self._layers():
-                block.x_proj.weight.mul_(0.25)
-                block.dt_proj.weight.mul_(0.5)
             cast(nn.Linear, self.head[2]).weight.mul_(0.3)
 
     def _values(self, x: Tensor, state: Mapping[str, Tensor] | None, dt: Tensor | None) -> tuple[Tensor, Tensors]:
         state = self.initial_state(x.shape[0]) if state is None else state
         x, rings = self.tcn(x.transpose(1, 2), self._rings(state))
         x = self._normalise(x.transpose(1, 2))
-        conv, ssm = [], []
-        for i, (block, norm) in enumerate(self._layers()):
-            y, (next_conv, next_ssm) = block(x, (state["conv"][i], state["ssm"][i]), dt)
-            x = norm(x + y)
-            conv.append(next_conv)
-            ssm.append(next_ssm)
-        return self.head(self.project(x)), self._state(rings, conv, ssm)
+        x, following = through_blocks(self.blocks, self.norms, x, state, dt, post_norm=True)
+        return self.head(self.project(x)), self._named_rings(rings) | following
 
     @staticmethod
     def _normalise(x: Tensor) -> Tensor:
         # An instance norm over the feature axis is a layer norm without weight and bias.
         return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
-    def _layers(self) -> Iterator[tuple[Mamba, nn.Module]]:
-        yield from zip(cast(Iterable[Mamba], self.blocks), self.norms, strict=True)
-
     def _rings(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         return [state[f"ring_{i}"] for i in range(len(self.config.tcn_channels))]
 
     @staticmethod
-    def _state(rings: list[Tensor], conv: list[Tensor], ssm: list[Tensor]) -> Tensors:
-        named = {f"ring_{i}": ring for i, ring in enumerate(rings)}
-        return {**named, "conv": torch.stack(conv), "ssm": torch.stack(ssm)}
+    def _named_rings(rings: list[Tensor]) -> Tensors:
+        return {f"ring_{i}": ring for i, ring in enumerate(rings)}
 
     def _named(self, values: Tensor) -> Tensors:
         return dict(zip(self.VALUES, values.unbind(-1), strict=True))

@@ -4,7 +4,8 @@
     -> class token in front -> `blocks` x (x + mixer(norm(x))) -> encoder_norm -> class token off -> pooled
 
 Source: Yadav and Tan 2024, Audio Mamba: Selective State Spaces for Self-Supervised Audio Representations,
-arXiv:2406.02178, and its public code, github.com/SarthakYadav/audio-mamba-official. Its names of parameters are kept:
+arXiv:2406.02178, and its public code, github.com/SarthakYadav/audio-mamba-official, by the configurations there
+(`ssam_tiny_200_16x4` and the like). Its names of parameters are kept:
 
     patch_embed.proj            convolution, 4 frames x 16 bins, patches in order of time and, within a moment, of band
     cls_token                   learned; first of the sequence, so every state begins from it

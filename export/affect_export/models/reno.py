@@ -43,7 +43,8 @@ The published encoder's weights: `RENOConfig.published` is the configuration, fo
     reno = RENO(RENOConfig.published("base"))
     reno.mamba.load_state_dict(encoder_weights(checkpoint["model"]))
 
-puts them in place before the head is trained. A checkpoint of the whole may have them under their public names too.
+puts them in place before the head is trained. The public files hold more than tensors, so torch.load opens them only
+with weights_only=False, for those who trust them. A checkpoint of the whole may have them under their public names too.
 
 The Audio Mamba sees a whole window, scanning it both ways or standardising it, so RENO is a window model: it keeps the
 ring of the last samples, which the base class and the device's runtime carry, and no other state. A step's result is a

@@ -12,15 +12,15 @@ Outputs, all bounded inside the model so that every engine returns the same kind
     eye_closure    (B,)     [0, 1], 1 is shut
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from affect_export.models.base import AffectModel, ModelConfig, Tensors
-from affect_export.models.mamba import Mamba, MambaConfig
+from affect_export.models.mamba import Mamba, MambaConfig, through_blocks
 from affect_runtimes.interface import ImageInput, Input, Output, StateTensor
 from affect_runtimes.interface import Tensor as Described
 from affect_runtimes.manifest import Clock
@@ -191,30 +191,14 @@ class Student(AffectModel):
         self, features: Mapping[str, Tensor], state: Mapping[str, Tensor], dt: Tensor | None = None
     ) -> tuple[Tensors, Tensors]:
         """`step` from encoded frames: `features` (B, d_model)."""
-        conv, ssm = [], []
-        x = features["features"]
-        for i, (norm, block) in enumerate(self._layers()):
-            y, (next_conv, next_ssm) = block.step(norm(x), (state["conv"][i], state["ssm"][i]), dt)
-            x = x + y
-            conv.append(next_conv)
-            ssm.append(next_ssm)
-        return self._activate(self._logits(x)), {"conv": torch.stack(conv), "ssm": torch.stack(ssm)}
-
-    def _layers(self) -> Iterator[tuple[nn.Module, Mamba]]:
-        # Containers of torch forget the type of what they hold.
-        yield from zip(self.norms, cast(Iterable[Mamba], self.blocks), strict=True)
+        x, following = through_blocks(self.blocks, self.norms, features["features"], state, dt)
+        return self._activate(self._logits(x)), following
 
     def _hidden_sequence(
         self, x: Tensor, state: Mapping[str, Tensor] | None, dt: Tensor | None
     ) -> tuple[Tensor, Tensors]:
         state = self.initial_state(x.shape[0]) if state is None else state
-        conv, ssm = [], []
-        for i, (norm, block) in enumerate(self._layers()):
-            y, (next_conv, next_ssm) = block(norm(x), (state["conv"][i], state["ssm"][i]), dt)
-            x = x + y
-            conv.append(next_conv)
-            ssm.append(next_ssm)
-        return x, {"conv": torch.stack(conv), "ssm": torch.stack(ssm)}
+        return through_blocks(self.blocks, self.norms, x, state, dt)
 
     def _logits(self, hidden: Tensor) -> Tensors:
         hidden = self.norm(hidden)
