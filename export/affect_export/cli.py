@@ -141,12 +141,17 @@ def _list_models() -> None:
     import torch
 
     from affect_export.models import MODELS, find_model
+    from affect_runtimes.errors import MissingDependencyError
 
     for name in MODELS:
-        kind = find_model(name)
-        # The interface does not depend on the weights: none are made.
-        with torch.device("meta"):
-            model = kind(kind.CONFIG.tiny())
+        try:
+            kind = find_model(name)
+            # The interface does not depend on the weights: none are made.
+            with torch.device("meta"):
+                model = kind(kind.CONFIG.tiny())
+        except MissingDependencyError as error:
+            print(f"{name:12} {error}")
+            continue
         takes = ", ".join(i.name for i in model.inputs())
         gives = ", ".join(o.name for o in model.outputs())
         print(f"{name:12} takes {takes}; gives {gives}")

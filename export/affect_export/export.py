@@ -1,5 +1,6 @@
 """From a float model to a verified bundle: built in a scratch folder, held to its bounds, then moved into place."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -8,7 +9,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,28 +148,54 @@ def export_model(
         ParityError: a bound was missed; nothing is left behind.
     """
     check_output_folder(output, force)
-    if parity_steps is not None and not 1 <= parity_steps <= CLIP_STEPS:
-        raise InputError(f"the parity clip has 1 to {CLIP_STEPS} steps; asked for {parity_steps}")
+    # Of a single step no correlation can be told.
+    if parity_steps is not None and not 2 <= parity_steps <= CLIP_STEPS:
+        raise InputError(f"a parity run has 2 to {CLIP_STEPS} steps; asked for {parity_steps}")
     parent = output.absolute().parent
-    if not dry_run:
-        parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=None if dry_run else parent))
+    with contextlib.nullcontext() if dry_run else _folder_for(parent):
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=None if dry_run else parent))
+        try:
+            folder = scratch / "bundle"
+            folder.mkdir()
+            report = _write(checkpoint, target, bounds, folder, parity_steps)
+            if not report.passed:
+                missed = "; ".join(f"{where}: {figure}" for where, figure in report.failures)
+                raise ParityError(
+                    f"the {target.name} bundle is not the float model any more, nothing was written: {missed}"
+                )
+            size = Bundle.open(folder).size_bytes
+            if dry_run:
+                return ExportResult(None, size, report)
+            _publish(folder, output)
+            return ExportResult(output, size, report)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _folder_for(parent: Path) -> Iterator[None]:
+    """Makes a folder and those above it; takes away again what it made, if what follows fails."""
+    made: list[Path] = []
     try:
-        folder = scratch / "bundle"
-        folder.mkdir()
-        report = _write(checkpoint, target, bounds, folder, parity_steps)
-        if not report.passed:
-            missed = "; ".join(f"{where}: {figure}" for where, figure in report.failures)
-            raise ParityError(
-                f"the {target.name} bundle is not the float model any more, nothing was written: {missed}"
-            )
-        size = Bundle.open(folder).size_bytes
-        if dry_run:
-            return ExportResult(None, size, report)
-        _publish(folder, output)
-        return ExportResult(output, size, report)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for folder in reversed((parent, *parent.parents)):
+            if folder.is_dir():
+                continue
+            try:
+                folder.mkdir()
+            except OSError as error:
+                if folder.is_dir():  # somebody else was faster
+                    continue
+                raise InputError(
+                    f"--output: the folder {folder} cannot be made ({error.strerror}); choose another place"
+                ) from None
+            made.append(folder)
+        yield
+    except BaseException:
+        # Only while empty: somebody may have put something there meanwhile.
+        with contextlib.suppress(OSError):
+            for folder in reversed(made):
+                folder.rmdir()
+        raise
 
 
 def _publish(folder: Path, output: Path) -> None:
@@ -321,18 +348,20 @@ def _sha256(path: Path) -> str:
 
 def default_card(checkpoint: Checkpoint) -> str:
     """The model card of a checkpoint that brings none: what is known of it, and what is not."""
+    published = checkpoint.model.PUBLISHED
+    paper = f"\n## What the paper reports\n\nOf its own weights, not of these: {published}\n" if published else ""
     if not checkpoint.trained:
         return (
             f"# {checkpoint.name} {checkpoint.version}: RANDOM WEIGHTS\n\n"
             "These weights were never trained. The outputs mean nothing; the bundle serves tests and timing only.\n"
+            + paper
         )
-    published = checkpoint.model.PUBLISHED
     return (
         f"# {checkpoint.name} {checkpoint.version}\n\n"
         f"Exported from a checkpoint with sha256 {checkpoint.sha256}; licence: {checkpoint.licence}. It came without a "
         "model card, so what it was trained on, what it is for and how well it does are not known here. Write "
         "MODEL_CARD.md beside the checkpoint and export again.\n"
-        + (f"\n## What the paper reports\n\nOf its own weights, not of these: {published}\n" if published else "")
+        + paper
         + "\n## What the outputs are not\n\nA feeling, a diagnosis, or evidence. Inferring emotions at work or in "
         "education is prohibited in the EU except for medical or safety reasons (AI Act, article 5(1)(f)).\n"
     )

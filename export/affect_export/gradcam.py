@@ -159,11 +159,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> str:
-    from affect_runtimes.errors import InputError
+    from affect_runtimes.errors import AffectError, InputError
 
     output: Path = arguments.output
     if output.suffix.lower() != ".png":
         raise InputError(f"--output {output}: the picture is a .png")
+    if output.is_dir():
+        raise InputError(f"--output {output}: is a folder; the picture is a file, such as {output / 'look.png'}")
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {output.parent}")
     _require("torch", "safetensors")
@@ -209,9 +211,15 @@ def _run(arguments: argparse.Namespace) -> str:
     done, data = cv2.imencode(".png", np.ascontiguousarray(page[..., ::-1]))
     if not done:
         raise RuntimeError("OpenCV could not encode the picture")
-    part = output.with_suffix(".part")
-    part.write_bytes(data.tobytes())
-    part.replace(output)
+    # Never half a picture in its place, and a name that is nobody else's.
+    part = output.with_name(f"{output.name}.part")
+    try:
+        part.write_bytes(data.tobytes())
+        part.replace(output)
+    except OSError as error:
+        raise AffectError(f"--output {output}: cannot be written ({error.strerror})") from None
+    finally:
+        part.unlink(missing_ok=True)
     return f"{labels[index]} {probabilities[index]:.2f}; picture written to {output}"
 
 

@@ -35,8 +35,8 @@ def check_audio(audio: Any, spec: AudioInput) -> Float:
     """Returns the samples as float32 in [-1, 1].
 
     Raises:
-        InputError: another type or sample rate, several channels, no samples or more than the window, values that are
-            not finite or outside [-1, 1].
+        InputError: another type or sample rate, several channels, more samples than the window, values that are not
+            finite or outside [-1, 1].
     """
     wanted = f"sound is Audio(samples, rate_hz={spec.rate_hz}) with mono samples, float in [-1, 1] or int16"
     if not isinstance(audio, Audio):
@@ -53,15 +53,15 @@ def check_audio(audio: Any, spec: AudioInput) -> Float:
             axis = int(np.argmin(samples.shape))
             hint = f"; mix the channels down with samples.mean(axis={axis}).astype(samples.dtype)"
         raise InputError(f"{wanted}; found samples of shape {samples.shape}{hint}")
-    if not 1 <= len(samples) <= spec.window:
-        raise InputError(f"a step takes 1 to {spec.window} new samples; found {len(samples)}")
+    if len(samples) > spec.window:
+        raise InputError(f"a step takes up to {spec.window} new samples; found {len(samples)}")
     if samples.dtype == np.int16:
         return samples.astype(np.float32) / np.float32(32768.0)
     if samples.dtype.kind != "f":
         raise InputError(f"{wanted}; found dtype {samples.dtype}")
     if not np.isfinite(samples).all():
         raise InputError(f"{wanted}; found {int((~np.isfinite(samples)).sum())} values that are NaN or infinite")
-    low, high = float(samples.min()), float(samples.max())
+    low, high = float(samples.min(initial=0.0)), float(samples.max(initial=0.0))
     if low < -1.0 or high > 1.0:
         raise InputError(f"{wanted}; found values from {low:g} to {high:g}")
     return samples.astype(np.float32)
@@ -75,7 +75,8 @@ def encoder_inputs(
     Args:
         spec: of the manifest.
         ring: (batch, window) float32, oldest sample first.
-        chunk: (batch, n) float32 in [-1, 1], n in 1...window; None where no stream has sound.
+        chunk: (batch, n) float32 in [-1, 1], n in 0...window; None where no stream has sound. No new samples (n = 0)
+            leave the ring as it is; no sound empties it.
         present: (batch,), 1 or 0: which streams have sound in this step; None is all, or none without a chunk.
 
     Returns:
@@ -94,16 +95,17 @@ def encoder_inputs(
         present = np.zeros(batch, np.float32)
         following = np.zeros((batch, spec.window), np.float32)
     else:
-        if chunk.ndim != 2 or len(chunk) != batch or not 1 <= chunk.shape[1] <= spec.window:
-            raise InputError(
-                f"{spec.name}: expected ({batch}, n) samples with n from 1 to {spec.window}, found {chunk.shape}"
-            )
+        if chunk.ndim != 2 or len(chunk) != batch or chunk.shape[1] > spec.window:
+            raise InputError(f"{spec.name}: expected ({batch}, n) samples, n up to {spec.window}, found {chunk.shape}")
         if chunk.dtype.kind != "f":
             # Integers would be taken for samples 32768 times too loud.
             raise InputError(f"{spec.name}: expected floating-point samples in [-1, 1], found {chunk.dtype}")
         present = np.ones(batch, np.float32) if present is None else np.asarray(present, np.float32)
         if present.shape != (batch,) or not np.isin(present, (0.0, 1.0)).all():
             raise InputError(f"{spec.name}_present: expected ({batch},) of 0 or 1, found {present!r}")
+        loud = np.abs(chunk[present > 0])
+        if not (loud <= 1.0).all():  # NaN is not
+            raise InputError(f"{spec.name}: expected samples in [-1, 1], found {loud.max():g} at the loudest")
         shifted = np.concatenate([ring[:, chunk.shape[1] :], chunk], axis=1, dtype=np.float32)
         following = np.where(present[:, None] > 0, shifted, np.float32(0.0))
     if not spec.optional and not present.all():

@@ -1,11 +1,11 @@
 """Reading a bundle: every file is hashed before any engine sees a byte of it."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from affect_runtimes._checked import parse_object
 from affect_runtimes.compare import Bound
 from affect_runtimes.errors import BundleError, IntegrityError
 from affect_runtimes.manifest import Manifest
@@ -14,7 +14,9 @@ __all__ = ["Bundle"]
 
 
 class Bundle:
-    """A verified folder. The bytes that were hashed are the bytes that engines get: nothing is read twice.
+    """A verified folder. The bytes that were hashed are the bytes that engines get: no file is read after its check.
+
+    The bytes stay in memory; `release_graphs` lets go of the large ones.
 
     Attributes:
         path: the folder.
@@ -25,7 +27,10 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._contents = dict(contents)
+        self._sizes = {name: len(data) for name, data in contents.items()}
         self._manifest_bytes = manifest_bytes
+        # Where files are read from again, also after the working directory has changed.
+        self._folder = path.absolute()
 
     @classmethod
     def open(cls, path: str | Path) -> "Bundle":
@@ -42,7 +47,10 @@ class Bundle:
         listing = folder / "manifest.json"
         if not listing.is_file():
             raise BundleError(f"{folder}: no manifest.json in it, so it is not a bundle; affect-export writes one")
-        data = listing.read_bytes()
+        try:
+            data = listing.read_bytes()
+        except OSError as error:
+            raise BundleError(f"{listing}: cannot be read ({error})") from None
         manifest = Manifest.read(data, str(listing))
         contents = {name: _verified(folder, name, digest) for name, digest in manifest.files.items()}
         for required in ("verify.npz", "parity.json"):
@@ -51,32 +59,49 @@ class Bundle:
         return cls(folder, manifest, contents, len(data))
 
     def read(self, name: str) -> bytes:
-        """The verified bytes of a listed file."""
-        try:
-            return self._contents[name]
-        except KeyError:
-            raise BundleError(f"{self.path}: {name!r} is not listed; listed: {', '.join(self._contents)}") from None
+        """The verified bytes of a listed file; one that was released is read and verified again, and not kept.
+
+        Raises:
+            BundleError: the manifest lists no such file.
+            IntegrityError: a released file has been changed or removed since.
+        """
+        files = self.manifest.files
+        if name not in files:
+            raise BundleError(f"{self.path}: {name!r} is not listed; listed: {', '.join(files)}")
+        kept = self._contents.get(name)
+        return _verified(self._folder, name, files[name]) if kept is None else kept
+
+    def release_graphs(self) -> None:
+        """Lets go of the bytes of the graphs and their data, once engines have copies of their own.
+
+        Safe to call twice, and while another thread reads. `read` still gives every file, and the sizes stay known.
+        """
+        for name in self._graph_files():
+            self._contents.pop(name, None)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all files, the manifest's included."""
-        return self._manifest_bytes + sum(len(c) for c in self._contents.values())
+        return self._manifest_bytes + sum(self._sizes.values())
 
     @property
     def graph_bytes(self) -> int:
-        """Bytes of the graphs alone: what an engine loads."""
-        return sum(len(self._contents[g.file]) for g in self.manifest.graphs)
+        """Bytes of the graphs and their data alone: what engines load."""
+        return sum(self._sizes[name] for name in self._graph_files())
 
     @property
     def parity(self) -> dict[str, Any]:
-        """The parsed parity.json."""
-        report: dict[str, Any] = json.loads(self.read("parity.json"))
-        return report
+        """The parsed parity.json.
+
+        Raises:
+            BundleError: it is no JSON object.
+        """
+        return parse_object(self.read("parity.json"), str(self.path / "parity.json"))
 
     @property
     def bounds(self) -> list[Bound]:
         """The parity bounds that the export held the bundle to."""
-        return [Bound(**b) for b in self.manifest.raw["parity"]["bounds"]]
+        return list(self.manifest.bounds)
 
     @property
     def model_name(self) -> str:
@@ -88,6 +113,11 @@ class Bundle:
         """Name of the target, such as "cpu"."""
         return self.manifest.target_name
 
+    def _graph_files(self) -> set[str]:
+        # A set: two graphs may share one file of large tensors.
+        graphs = self.manifest.graphs
+        return {g.file for g in graphs} | {g.data for g in graphs if g.data is not None}
+
     def __repr__(self) -> str:
         m = self.manifest
         return f"Bundle({self.path}, {m.model_name} {m.model_version} for {m.target_name} on {m.engine})"
@@ -95,12 +125,15 @@ class Bundle:
 
 def _verified(folder: Path, name: str, digest: str) -> bytes:
     path = folder / name
-    # A link inside the folder may still point out of it.
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise IntegrityError(f"{path}: leaves the bundle's folder")
-    if not path.is_file():
-        raise IntegrityError(f"{path}: missing, though the manifest lists it; copy or export the bundle again")
-    data = path.read_bytes()
+    try:
+        # A link inside the folder may still point out of it.
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise IntegrityError(f"{path}: leaves the bundle's folder")
+        if not path.is_file():
+            raise IntegrityError(f"{path}: missing, though the manifest lists it; copy or export the bundle again")
+        data = path.read_bytes()
+    except (OSError, RuntimeError) as error:  # until Python 3.13, a ring of links is a RuntimeError
+        raise IntegrityError(f"{path}: cannot be read ({error}); copy or export the bundle again") from None
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
         raise IntegrityError(

@@ -1,12 +1,14 @@
 """What a model takes, gives and carries: the part of a manifest that a model states about itself.
 
-Each class writes itself with `to_json`; the `read_` functions check what they are given and say what is wrong.
+Each class writes itself with `to_json`; the `read_` functions check what they are given and say what is wrong. How
+the parts of one manifest fit together is checked in `affect_runtimes.manifest`.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from affect_runtimes._checked import Fields, shown
 from affect_runtimes.errors import BundleError, InputError
 from affect_runtimes.filters import check_settings
 
@@ -31,6 +33,17 @@ Shape = tuple[int | str, ...]
 _KINDS = ("regression", "distribution", "multilabel")
 _ALIGNMENTS = ("eyes", "box")
 _LANDMARK_COUNTS = {"ibug-68": 68}
+_LARGEST_VALUE = {"float32": 3.4e38, "float16": 65504.0, "int8": 127.0}
+
+# Far beyond what any model here takes, and small enough that a made-up size cannot fill a device's memory.
+_MOST_PX = 8192
+_MOST_SAMPLES = 2**24
+_MOST_RATE_HZ = 1_000_000
+_MOST_FFT = 2**16
+_MOST_BINS = 1024
+_MOST_SPECTRUM_BYTES = 2**30
+_LEAST_STD, _MOST_SCALE = 1e-6, 1e6
+_LEAST_S, _MOST_S = 1e-6, 86_400.0
 
 
 @dataclass(frozen=True)
@@ -288,109 +301,133 @@ class StateTensor(Tensor):
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype, "init": self.initial, **kept}
 
 
-def read_tensor(raw: Mapping[str, Any]) -> Tensor:
-    shape: Shape = tuple(raw["shape"])
-    sizes = [d for d in shape if d != "batch"]
-    if shape.count("batch") != 1 or any(not isinstance(d, int) or isinstance(d, bool) or d < 1 for d in sizes):
-        raise BundleError(f"{raw['name']!r}: shape {shape} needs exactly one 'batch' and otherwise positive sizes")
-    if raw["dtype"] not in ("float32", "float16", "int8"):
-        raise BundleError(f"{raw['name']!r}: dtype {raw['dtype']!r} is none of float32, float16, int8")
-    return Tensor(str(raw["name"]), shape, str(raw["dtype"]))
+def read_tensor(raw: Any) -> Tensor:
+    return _tensor(Fields(raw, "a tensor"), "tensor")
 
 
-def read_input(raw: Mapping[str, Any]) -> Input:
-    kind, name = raw["kind"], str(raw["name"])
+def read_input(raw: Any) -> Input:
+    fields = Fields(raw, "an input")
+    fields.where = f"input {fields.name()!r}"
+    kind = fields.choice("kind", ("image", "landmarks", "audio"))
     if kind == "image":
-        return _image(raw, name)
-    if kind == "landmarks":
-        if raw["order"] not in _LANDMARK_COUNTS:
-            raise BundleError(f"input {name!r}: order {raw['order']!r} is none of {', '.join(_LANDMARK_COUNTS)}")
-        landmarks = LandmarkInput(name, raw["order"])
-        if tuple(raw["shape"]) != landmarks.graph_inputs[0].shape or raw["dtype"] != "float32":
-            raise BundleError(
-                f"input {name!r}: {raw['order']} is float32 (batch, {landmarks.count}, 2), "
-                f"found {raw['dtype']} {tuple(raw['shape'])}"
-            )
-        return landmarks
-    if kind == "audio":
-        return _audio(raw, name)
-    raise BundleError(f"input {name!r}: kind {kind!r} is none of image, landmarks, audio")
+        return _image(fields)
+    return _landmarks(fields) if kind == "landmarks" else _audio(fields)
 
 
-def _image(raw: Mapping[str, Any], name: str) -> ImageInput:
-    if raw["colour"] != "rgb" or raw["align"] not in _ALIGNMENTS:
-        raise BundleError(
-            f"input {name!r}: this release feeds RGB aligned by {' or '.join(_ALIGNMENTS)}; "
-            f"found {raw['colour']} aligned by {raw['align']}"
-        )
-    shape = tuple(raw["shape"])
-    if len(shape) != 4 or shape[:2] != ("batch", 3) or shape[2] != shape[3] or raw["dtype"] != "float32":
-        raise BundleError(f"input {name!r}: expected float32 (batch, 3, side, side), found {raw['dtype']} {shape}")
-    std = tuple(float(v) for v in raw["std"])
-    mean = tuple(float(v) for v in raw["mean"])
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise BundleError(f"input {name!r}: mean {mean} and std {std} need three numbers each, std above 0")
-    growth = float(raw.get("growth", 0.0))
-    if not 0.0 <= growth <= 2.0:
-        raise BundleError(f"input {name!r}: growth is a fraction of the face box in [0, 2], found {growth}")
-    filters = tuple(
-        Filter(str(f["name"]), {k: float(v) for k, v in f.items() if k != "name"}) for f in raw.get("filters", ())
-    )
-    for given in filters:
+def read_state(raw: Any) -> StateTensor:
+    fields = Fields(raw, "a state")
+    tensor = _tensor(fields, "state")
+    largest = _LARGEST_VALUE[tensor.dtype]
+    initial = fields.number("init", -largest, largest)
+    if tensor.dtype == "int8" and initial != int(initial):
+        fields.refuse("init", "a whole number, as the dtype is int8")
+    kept_by = fields.choice("kept_by", ("graph", "runtime")) if "kept_by" in fields.raw else "graph"
+    return StateTensor(tensor.name, tensor.shape, tensor.dtype, initial, kept_by)
+
+
+def read_output(raw: Any) -> Output:
+    fields = Fields(raw, "an output")
+    fields.where = f"output {fields.name()!r}"
+    kind = fields.choice("kind", _KINDS)
+    low, high = fields.numbers("range", 2)
+    if not low < high:
+        fields.refuse("range", "the lowest value, then the highest")
+    labels = fields.texts("labels") if "labels" in fields.raw else ()
+    if kind != "regression" and not labels:
+        fields.refuse("labels", f"at least one for the kind {kind}")
+    if len(set(labels)) != len(labels):
+        fields.refuse("labels", "no label twice")
+    smoothing = fields.number("smoothing_s", _LEAST_S, _MOST_S) if fields.given("smoothing_s") else None
+    return Output(fields.name(), kind, (low, high), labels, fields.text("signal"), smoothing)
+
+
+def _tensor(fields: Fields, what: str) -> Tensor:
+    fields.where = f"{what} {fields.name()!r}"
+    shape = fields.raw.get("shape")
+    sizes = [d for d in shape if d != "batch"] if isinstance(shape, list) else []
+    if (
+        not isinstance(shape, list)
+        or len(sizes) != len(shape) - 1
+        or any(type(d) is not int or not 1 <= d < 2**63 for d in sizes)
+    ):
+        fields.refuse("shape", "a list with exactly one 'batch' and otherwise positive sizes")
+    return Tensor(fields.name(), tuple(shape), fields.choice("dtype", tuple(_LARGEST_VALUE)))
+
+
+def _image(fields: Fields) -> ImageInput:
+    fields.choice("colour", ("rgb",))
+    align = fields.choice("align", _ALIGNMENTS)
+    shape = _tensor(fields, "input").shape
+    size = shape[-1]
+    if shape != ("batch", 3, size, size) or not isinstance(size, int) or size > _MOST_PX:
+        fields.refuse("shape", f"['batch', 3, side, side] with a side of 1 to {_MOST_PX} pixels")
+    fields.choice("dtype", ("float32",))
+    filters = []
+    for each in fields.objects("filters") if "filters" in fields.raw else ():
+        given = Filter(each.text("name"), {key: each.number(key) for key in each.raw if key != "name"})
         try:
             check_settings(given.name, given.settings)
         except InputError as error:
-            raise BundleError(f"input {name!r}: {error}") from None
-    return ImageInput(name, int(shape[2]), mean, std, str(raw["align"]), growth, filters)
-
-
-def _audio(raw: Mapping[str, Any], name: str) -> AudioInput:
-    mel = None if raw.get("log_mel") is None else LogMel(**raw["log_mel"])
-    audio = AudioInput(
-        name,
-        int(raw["rate_hz"]),
-        int(raw["window"]),
-        int(raw["hop"]),
-        bool(raw["optional"]),
-        bool(raw["waveform"]),
-        mel,
+            raise BundleError(f"{fields.where}: {error}") from None
+        filters.append(given)
+    return ImageInput(
+        fields.name(),
+        size,
+        mean=fields.numbers("mean", 3, -_MOST_SCALE, _MOST_SCALE),
+        std=fields.numbers("std", 3, _LEAST_STD, _MOST_SCALE),
+        align=align,
+        growth=fields.number("growth", 0.0, 2.0) if "growth" in fields.raw else 0.0,
+        filters=tuple(filters),
     )
-    if audio.rate_hz < 1 or not 1 <= audio.hop <= audio.window:
+
+
+def _landmarks(fields: Fields) -> LandmarkInput:
+    landmarks = LandmarkInput(fields.name(), fields.choice("order", tuple(_LANDMARK_COUNTS)))
+    tensor, wanted = _tensor(fields, "input"), landmarks.graph_inputs[0]
+    if tensor != wanted:
         raise BundleError(
-            f"input {name!r}: needs rate_hz above 0 and 1 <= hop <= window; "
-            f"found rate_hz {audio.rate_hz}, hop {audio.hop}, window {audio.window}"
+            f"{fields.where}: {landmarks.order} is {wanted.dtype} {list(wanted.shape)}, "
+            f"found {tensor.dtype} {list(tensor.shape)}"
         )
-    if mel is None and not audio.waveform:
-        raise BundleError(f"input {name!r}: neither waveform nor log_mel, so no graph would hear it")
-    if mel is not None:
-        fits = 1 <= mel.frame <= min(mel.fft, audio.window) and mel.hop >= 1 and mel.bins >= 1 and mel.std > 0
-        if not (fits and 0 <= mel.low_hz < mel.high_hz <= audio.rate_hz / 2):
-            raise BundleError(f"input {name!r}: its log-mel settings make no sense at {audio.rate_hz} Hz: {mel}")
+    return landmarks
+
+
+def _audio(fields: Fields) -> AudioInput:
+    rate_hz = fields.whole("rate_hz", 1, _MOST_RATE_HZ)
+    window = fields.whole("window", 1, _MOST_SAMPLES)
+    audio = AudioInput(
+        fields.name(),
+        rate_hz,
+        window,
+        hop=fields.whole("hop", 1, window),
+        optional=fields.flag("optional"),
+        waveform=fields.flag("waveform"),
+        log_mel=_log_mel(fields.object("log_mel"), rate_hz, window) if fields.given("log_mel") else None,
+    )
+    if audio.log_mel is None and not audio.waveform:
+        raise BundleError(f"{fields.where}: neither waveform nor log_mel, so no graph would hear it")
     return audio
 
 
-def read_state(raw: Mapping[str, Any]) -> StateTensor:
-    tensor, kept_by = read_tensor(raw), raw.get("kept_by", "graph")
-    if kept_by not in ("graph", "runtime"):
-        raise BundleError(f"state {tensor.name!r}: kept_by {kept_by!r} is neither graph nor runtime")
-    return StateTensor(tensor.name, tensor.shape, tensor.dtype, float(raw["init"]), kept_by)
-
-
-def read_output(raw: Mapping[str, Any]) -> Output:
-    if raw["kind"] not in _KINDS:
-        raise BundleError(f"output {raw['name']!r}: kind {raw['kind']!r} is none of {', '.join(_KINDS)}")
-    low, high = raw["range"]
-    labels = tuple(str(label) for label in raw.get("labels", ()))
-    if raw["kind"] != "regression" and not labels:
-        raise BundleError(f"output {raw['name']!r}: kind {raw['kind']} needs labels")
-    smoothing = raw.get("smoothing_s")
-    if smoothing is not None and not float(smoothing) > 0:
-        raise BundleError(f"output {raw['name']!r}: smoothing_s is {smoothing}, expected above 0")
-    return Output(
-        str(raw["name"]),
-        str(raw["kind"]),
-        (float(low), float(high)),
-        labels,
-        str(raw["signal"]),
-        None if smoothing is None else float(smoothing),
+def _log_mel(fields: Fields, rate_hz: int, window: int) -> LogMel:
+    unknown = set(fields.raw) - set(LogMel.__dataclass_fields__)
+    if unknown:
+        raise BundleError(f"{fields.where}: this release knows no {shown(sorted(unknown))}")
+    fft = fields.whole("fft", 1, _MOST_FFT)
+    low_hz = fields.number("low_hz", 0.0, rate_hz / 2)
+    mel = LogMel(
+        bins=fields.whole("bins", 1, _MOST_BINS),
+        frame=fields.whole("frame", 1, min(fft, window)),
+        hop=fields.whole("hop", 1, window),
+        fft=fft,
+        low_hz=low_hz,
+        high_hz=fields.number("high_hz", low_hz, rate_hz / 2),
+        mean=fields.number("mean", -_MOST_SCALE, _MOST_SCALE),
+        std=fields.number("std", _LEAST_STD, _MOST_SCALE),
     )
+    if mel.low_hz == mel.high_hz:
+        fields.refuse("high_hz", f"more than low_hz, {low_hz:g}")
+    taken = 8 * mel.fft * mel.frames(window)  # float64, as `affect_runtimes.mel` computes
+    if taken > _MOST_SPECTRUM_BYTES:
+        fields.refuse("hop", f"one that keeps a step's spectrum within {_MOST_SPECTRUM_BYTES} bytes, not {taken}")
+    return mel

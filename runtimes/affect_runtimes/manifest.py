@@ -6,12 +6,18 @@ only in its canonical form, so that a change of any byte, also of white space, i
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
+
+from affect_runtimes._checked import Fields, parse_object, shown
+from affect_runtimes.compare import Bound
 from affect_runtimes.errors import BundleError, IntegrityError
 from affect_runtimes.interface import (
     AudioInput,
@@ -31,6 +37,10 @@ __all__ = ["SCHEMA", "Clock", "Graph", "Manifest", "to_text"]
 
 SCHEMA = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_ROLES = ("encoder", "step")
+_LEAST_INTERVAL_S, _MOST_INTERVAL_S = 1e-6, 86_400.0
+_MOST_STATE_BYTES = 2**30
+"""Of one stream. The published systems carry some megabytes; a gibibyte is a slip or a trap."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,17 @@ class Clock:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole manifest; `raw` is the JSON it came from."""
+    """A whole manifest, its parts checked against one another.
+
+    Attributes:
+        raw: the JSON it came from.
+        files: every file that is listed, graphs included -> its sha256.
+        engine: that runs the graphs.
+        arch: machines that the bundle is meant for, in the words of `platform.machine`.
+        made_with: library -> version, the engine's among them.
+        verified_on_target: whether the export held the bundle to its bounds on such a machine.
+        bounds: what the export held it to and a replay holds it to; at least one.
+    """
 
     raw: Mapping[str, Any]
     model_name: str
@@ -82,6 +102,10 @@ class Manifest:
     files: Mapping[str, str]
     target_name: str
     engine: str
+    arch: tuple[str, ...]
+    made_with: Mapping[str, str]
+    verified_on_target: bool
+    bounds: tuple[Bound, ...]
 
     @property
     def image(self) -> ImageInput | None:
@@ -117,59 +141,57 @@ class Manifest:
             IntegrityError: not the bytes that were written.
             BundleError: another schema version, or a field that is missing or makes no sense.
         """
+        raw = parse_object(data, name)
+        schema = raw.get("schema")
+        if type(schema) is int and schema != SCHEMA:
+            raise BundleError(f"{name}: has schema {shown(schema)}; this release reads schema {SCHEMA}")
         try:
-            raw = json.loads(data)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise IntegrityError(f"{name}: not JSON ({error}); the bundle is damaged, export it again") from None
-        if not isinstance(raw, dict):
-            raise IntegrityError(f"{name}: expected a JSON object, found {type(raw).__name__}")
-        if raw.get("schema") != SCHEMA and isinstance(raw.get("schema"), int):
-            raise BundleError(f"{name}: has schema {raw['schema']}; this release reads schema {SCHEMA}")
-        if to_text(raw).encode() != data:
-            raise IntegrityError(f"{name}: was changed after the export (its digest does not match); export it again")
-        try:
-            return cls._parse(raw)
+            if to_text(raw).encode() != data:
+                raise IntegrityError("was changed after the export (its digest does not match); export it again")
+            return cls._parse(Fields(raw))
         except BundleError as error:
             raise type(error)(f"{name}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(f"{name}: a field is missing or malformed: {type(error).__name__} {error}") from None
+        except RecursionError:
+            raise BundleError(f"{name}: is nested too deeply to be read; export the bundle again") from None
 
     @classmethod
-    def _parse(cls, raw: Mapping[str, Any]) -> "Manifest":
-        model = raw["model"]
-        if raw["schema"] != SCHEMA:
-            raise BundleError(f"schema {raw['schema']!r} is not {SCHEMA}")
-        inputs = tuple(read_input(i) for i in raw["inputs"])
-        if not inputs or len({type(i) for i in inputs}) != len(inputs):
+    def _parse(cls, fields: Fields) -> "Manifest":
+        fields.whole("schema", SCHEMA, SCHEMA)
+        model, clock, target = (fields.object(key) for key in ("model", "clock", "target"))
+        inputs = tuple(read_input(i.raw) for i in fields.objects("inputs", least=1))
+        if len({type(i) for i in inputs}) != len(inputs):
             raise BundleError(
-                f"this release feeds at most one picture, one set of landmarks and one sound; found {raw['inputs']}"
+                "inputs: this release feeds at most one picture, one set of landmarks and one sound; "
+                f"found {', '.join(f'{i.name} ({type(i).__name__})' for i in inputs)}"
             )
-        outputs = tuple(read_output(o) for o in raw["outputs"])
-        graphs = tuple(_graph(g) for g in raw["graphs"])
-        files = {_inside(name): _digest(value, name) for name, value in raw["files"].items()}
-        files |= {g.file: g.sha256 for g in graphs}
-        for graph in graphs:
-            if graph.data is not None and graph.data not in files:
-                raise BundleError(f"graph {graph.role!r}: its data {graph.data!r} is not among the listed files")
-        clock = Clock(float(raw["clock"]["frame_interval_s"]), bool(raw["clock"]["variable_dt"]))
-        if not clock.frame_interval_s > 0:
-            raise BundleError(f"clock: frame_interval_s is {clock.frame_interval_s}, expected above 0")
-        return cls(
-            raw=raw,
-            model_name=str(model["name"]),
-            model_version=str(model["version"]),
-            licence=str(model["licence"]),
-            weights_sha256=_digest(model["weights_sha256"], "model.weights_sha256"),
-            trained=bool(model["trained"]),
+        outputs = tuple(read_output(o.raw) for o in fields.objects("outputs", least=1))
+        states = tuple(read_state(s.raw) for s in fields.objects("states"))
+        graphs = tuple(_graph(g) for g in fields.objects("graphs", least=1))
+        made_with = target.object("made_with")
+        manifest = cls(
+            raw=fields.raw,
+            model_name=model.text("name"),
+            model_version=model.text("version"),
+            licence=model.text("licence"),
+            weights_sha256=_digest(model, "weights_sha256"),
+            trained=model.flag("trained"),
             inputs=inputs,
             outputs=outputs,
-            states=tuple(read_state(s) for s in raw["states"]),
-            clock=clock,
+            states=states,
+            clock=Clock(
+                clock.number("frame_interval_s", _LEAST_INTERVAL_S, _MOST_INTERVAL_S), clock.flag("variable_dt")
+            ),
             graphs=graphs,
-            files=files,
-            target_name=str(raw["target"]["name"]),
-            engine=str(raw["target"]["engine"]),
+            files=_files(fields.object("files"), graphs),
+            target_name=target.text("name"),
+            engine=target.text("engine"),
+            arch=target.texts("arch"),
+            made_with={library: made_with.text(library) for library in made_with.raw},
+            verified_on_target=target.flag("verified_on_target"),
+            bounds=_bounds(fields.object("parity"), outputs, states),
         )
+        _consistent(manifest)
+        return manifest
 
 
 def to_text(raw: Mapping[str, Any]) -> str:
@@ -179,27 +201,126 @@ def to_text(raw: Mapping[str, Any]) -> str:
     return json.dumps(content | {"manifest_sha256": digest}, indent=1) + "\n"
 
 
-def _graph(raw: Mapping[str, Any]) -> Graph:
+def _consistent(manifest: Manifest) -> None:
+    """Checks that inputs, outputs, states and graphs tell one story, before any engine is opened or array made.
+
+    The runtime joins the graphs by name (inputs -> encoder -> features, dt, states -> step -> outputs, next states),
+    so whatever does not join here would be a KeyError, or a wrong number, at some later step.
+
+    Raises:
+        BundleError: the message names the part, what it states and what would fit.
+    """
+    _unique("graphs", (g.role for g in manifest.graphs))
+    if {g.role for g in manifest.graphs} != set(_ROLES):
+        raise BundleError(
+            f"graphs: expected {' and '.join(_ROLES)}, found {', '.join(g.role for g in manifest.graphs)}"
+        )
+    encoder, step = manifest.graph("encoder"), manifest.graph("step")
+    kept = [s for s in manifest.states if s.kept_by == "graph"]
+    dt = Tensor("dt", ("batch",), "float32")
+    following = [Tensor(f"next_{s.name}", s.shape, s.dtype) for s in kept]
+    made = [t for i in manifest.inputs for t in i.graph_inputs]
+    outputs = [o.tensor for o in manifest.outputs]
+    # One space of names: a sound and its ring of samples share theirs, and a picture is its own graph input.
+    _unique("inputs", (i.name for i in manifest.inputs))
+    _unique("states", (s.name for s in manifest.states))
+    own = {i.name for i in manifest.inputs} - {t.name for t in made}
+    everything = [*made, *encoder.outputs, dt, *kept, *outputs, *following]
+    _unique("inputs, features, states and outputs", [*own, *(t.name for t in everything)])
+
+    _same("graph 'encoder': inputs", encoder.inputs, made, "the manifest's inputs give")
+    for feature in encoder.outputs:
+        if feature.shape[0] != "batch":
+            raise BundleError(f"graph 'encoder': output {feature.name!r} has shape {feature.shape}, not (batch, ...)")
+    _same("graph 'step': inputs", step.inputs, [*encoder.outputs, dt, *kept], "features, dt and states are")
+    _same("graph 'step': outputs", step.outputs, [*outputs, *following], "outputs and next states are")
+
+    rings = [s for s in manifest.states if s.kept_by == "runtime"]
+    wanted = [] if manifest.audio is None else [manifest.audio.state]
+    if rings != wanted:
+        raise BundleError(
+            f"states: those kept by the runtime are {_words(rings)}, beginning at {[s.initial for s in rings]}; "
+            f"the runtime keeps a sound's window, which is {_words(wanted)}, beginning at 0"
+        )
+    taken = sum(math.prod(s.sized(1)) * np.dtype(s.dtype).itemsize for s in manifest.states)
+    if taken > _MOST_STATE_BYTES:
+        raise BundleError(
+            f"states: one stream would carry {taken} bytes; the most that is allowed is {_MOST_STATE_BYTES}"
+        )
+
+
+def _unique(what: str, names: Iterable[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise BundleError(
+            f"{what}: {', '.join(map(repr, twice))} is there more than once; each needs a name of its own"
+        )
+
+
+def _same(what: str, stated: Iterable[Tensor], wanted: Iterable[Tensor], source: str) -> None:
+    # Sorted and not as sets, so that a tensor that is stated twice is found, too.
+    found, fitting = (sorted(_words([t]) for t in tensors) for tensors in (stated, wanted))
+    if found != fitting:
+        raise BundleError(f"{what} are {', '.join(found)}; {source} {', '.join(fitting)}")
+
+
+def _words(tensors: Iterable[Tensor]) -> str:
+    return ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in tensors) or "none"
+
+
+def _graph(fields: Fields) -> Graph:
+    role = fields.text("role")
+    fields.where = f"graph {role!r}"
+    precision = fields.object("precision")
     return Graph(
-        str(raw["role"]),
-        _inside(raw["file"]),
-        _digest(raw["sha256"], raw["file"]),
-        dict(raw["precision"]),
-        tuple(read_tensor(t) for t in raw["inputs"]),
-        tuple(read_tensor(t) for t in raw["outputs"]),
-        _inside(raw["data"]) if raw.get("data") is not None else None,
+        role,
+        _inside(fields.raw.get("file"), f"{fields.where}: file"),
+        _digest(fields, "sha256"),
+        {layer: precision.text(layer) for layer in precision.raw},
+        tuple(read_tensor(t.raw) for t in fields.objects("inputs", least=1)),
+        tuple(read_tensor(t.raw) for t in fields.objects("outputs", least=1)),
+        _inside(fields.raw["data"], f"{fields.where}: data") if fields.given("data") else None,
     )
 
 
-def _inside(name: Any) -> str:
-    path = PurePosixPath(str(name))
-    windows = "\\" in str(name) or ":" in str(name)
-    if not str(name) or path.is_absolute() or ".." in path.parts or windows or path.name == "manifest.json":
-        raise IntegrityError(f"the path {name!r} leaves the bundle's folder (or names the manifest itself)")
+def _files(fields: Fields, graphs: tuple[Graph, ...]) -> dict[str, str]:
+    """Every file of the bundle -> its sha256; one digest for one path, however it is spelled."""
+    listed = [(_inside(name, "files"), _digest(fields, name)) for name in fields.raw]
+    _unique("files and graphs", [*(name for name, _ in listed), *(g.file for g in graphs)])
+    files = dict(listed)
+    for graph in graphs:
+        if graph.data is not None and graph.data not in files:
+            raise BundleError(f"graph {graph.role!r}: its data {graph.data!r} is not among the listed files")
+    return files | {g.file: g.sha256 for g in graphs}
+
+
+def _bounds(fields: Fields, outputs: tuple[Output, ...], states: tuple[StateTensor, ...]) -> tuple[Bound, ...]:
+    known = ("*", *(o.name for o in outputs), *(f"state.{s.name}" for s in states))
+    bounds = []
+    for each in fields.objects("bounds", least=1):  # without one, a replay would accept anything
+        try:
+            bounds.append(Bound(each.choice("output", known), each.text("metric"), each.number("limit")))
+        except ValueError as error:
+            raise BundleError(f"{each.where}.metric: {error}") from None
+    return tuple(bounds)
+
+
+def _inside(name: Any, where: str) -> str:
+    if not isinstance(name, str):
+        raise BundleError(f"{where}: expected the path of a file in the bundle, found {shown(name)}")
+    path = PurePosixPath(name)
+    windows = "\\" in name or ":" in name
+    if not path.parts or path.is_absolute() or ".." in path.parts or windows or path.name == "manifest.json":
+        raise IntegrityError(
+            f"{where}: the path {shown(name)} leaves the bundle's folder (or names the manifest itself)"
+        )
+    if not name.isprintable():
+        raise IntegrityError(f"{where}: the path {shown(name)} holds characters that no export writes")
     return str(path)
 
 
-def _digest(value: Any, name: str) -> str:
+def _digest(fields: Fields, key: str) -> str:
+    value = fields.raw.get(key)
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise BundleError(f"{name}: {value!r} is not a sha256 in lower-case hex")
+        fields.refuse(key, "a sha256 in lower-case hex")
     return value

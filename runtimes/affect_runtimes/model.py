@@ -36,6 +36,8 @@ class BundleModel:
         manifest = self.bundle.manifest
         self._encoder = open_engine(self.bundle, "encoder", threads)
         self._step = open_engine(self.bundle, "step", threads)
+        # The engines have copies of their own, and these may be gigabytes.
+        self.bundle.release_graphs()
         self._states = manifest.states
         self._in_graph = [t.name for t in manifest.states if t.kept_by == "graph"]
         self._axes = {t.name: t.batch_axis for t in manifest.states}
@@ -95,6 +97,9 @@ class BundleModel:
             InputError: an input is missing, or one that the model does not take.
         """
         check_names(self.bundle.model_name, self.bundle.manifest.inputs, inputs)
+        for name, array in inputs.items():
+            if len(array) != state.batch:
+                raise InputError(f"{name} has {len(array)} streams, the state {state.batch}")
         seen, rings = dict(inputs), {}
         audio = self.bundle.manifest.audio
         if audio is not None:
@@ -142,7 +147,10 @@ class BundleModel:
         """
         batch = len(next(iter(features.values())))
         self.check_state(state, batch)
-        intervals = np.broadcast_to(np.asarray(dt, np.float32), (batch,)).copy()
+        try:
+            intervals = np.broadcast_to(np.asarray(dt, np.float32), (batch,)).copy()
+        except (TypeError, ValueError):
+            raise InputError(f"dt is one number, or one for each of {batch} streams; found {dt!r}") from None
         if not (np.isfinite(intervals).all() and (intervals > 0).all()):
             raise InputError(f"dt is time over the trained frame interval, finite and above 0; found {dt}")
         results = self._step.run({**features, "dt": intervals, **{n: state.arrays[n] for n in self._in_graph}})

@@ -1,7 +1,8 @@
 """ONNX Runtime on the CPU."""
 
+import os
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from numpy.typing import NDArray
@@ -33,11 +34,15 @@ class OnnxRuntimeEngine(GraphEngine):
         options.log_severity_level = 3
         # Without VNNI the default S8S8 kernels saturate; this keeps INT8 graphs exact on every x86.
         options.add_session_config_entry("session.x64quantprecision", "1")
+        # A graph may point to weights in any file, which ONNX Runtime would read from the working directory: bytes that
+        # nobody hashed. With a folder that cannot exist only the weights handed over here are found.
+        nowhere = str(Path(os.devnull) / "nowhere")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", nowhere)
         if external is not None:
             name = PurePosixPath(str(self.graph.data)).name
             options.add_external_initializers_from_files_in_memory([name], [external], [len(external)])
         try:
-            # From bytes: the verified ones, and a graph that points to data in a file that nobody verified cannot load.
+            # From bytes: the verified ones.
             self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
             raise BundleError(f"{self.graph.file}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error

@@ -77,7 +77,10 @@ def check_crop(crop: Any, size: int) -> Float:
     if not isinstance(crop, np.ndarray):
         raise InputError(f"{wanted}; found {type(crop).__name__}")
     if crop.shape != (size, size, 3):
-        raise InputError(f"{wanted}; found shape {crop.shape}. affect_runtimes.preprocess.align_face makes one")
+        raise InputError(
+            f"{wanted}; found shape {crop.shape}. affect_runtimes.preprocess.align_face makes one (crop_box where the "
+            "model takes boxes)"
+        )
     if crop.dtype == np.uint8:
         return crop.astype(np.float32)
     if crop.dtype.kind != "f":
@@ -140,10 +143,14 @@ def align_face(
     Raises:
         InputError: see `check_frame` and `eye_transform`.
     """
+    matrix = eye_transform(eyes, size, margin)
+    return _warp(check_frame(frame), matrix, size)
+
+
+def _warp(picture: NDArray[np.uint8], matrix: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
+    """crop = matrix @ (x, y, 1), (size, size, 3); parts outside the picture repeat its edge."""
     import cv2
 
-    matrix = eye_transform(eyes, size, margin)
-    picture = check_frame(frame)
     # Bilinear sampling aliases when a large face shrinks: average first. INTER_AREA on the whole frame would cost more
     # than a blur, so the picture is reduced by a whole factor only where the face is over twice the crop's scale.
     factor = int(1.0 / np.hypot(matrix[0, 0], matrix[0, 1]))
@@ -173,27 +180,21 @@ def crop_box(
         (size, size, 3) uint8, RGB. Parts outside the frame repeat its edge.
 
     Raises:
-        InputError: see `check_frame`; a box that is not finite or has no area.
+        InputError: see `check_frame`; a box that is not finite, has no area or lies outside the frame.
     """
-    import cv2
-
     picture = check_frame(frame)
     x, y, width, height = (float(v) for v in box)
     if not np.isfinite([x, y, width, height]).all() or min(width, height) <= 0:
         raise InputError(f"a face box is (x, y, width, height) in pixels with an area; found {box}")
-    side = max(width, height) * (1 + 2 * growth)
-    centre = np.array([x + width / 2, y + height / 2])
-    low, high = np.floor(centre - side / 2).astype(int), np.ceil(centre + side / 2).astype(int)
     bottom, right = picture.shape[:2]
-    inside = picture[max(low[1], 0) : max(high[1], 1), max(low[0], 0) : max(high[0], 1)]
-    if 0 in inside.shape:
+    if x + width <= 0 or y + height <= 0 or x >= right or y >= bottom:
         raise InputError(f"the face box {box} lies outside the frame of {right} x {bottom} pixels")
-    above, under = max(-int(low[1]), 0), max(int(high[1]) - bottom, 0)
-    before, after = max(-int(low[0]), 0), max(int(high[0]) - right, 0)
-    square = cv2.copyMakeBorder(inside, above, under, before, after, cv2.BORDER_REPLICATE)
-    shrinks = square.shape[0] > size
-    crop = cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return np.asarray(crop, np.uint8)
+    side = max(width, height) * (1 + 2 * growth)
+    scale = size / side
+    # A pixel's centre has whole coordinates, half a pixel from its edge: crop = scale * (frame + 0.5 - low) - 0.5.
+    low = np.array([x + width / 2, y + height / 2]) - side / 2
+    shift = scale * (0.5 - low) - 0.5
+    return _warp(picture, np.column_stack([scale * np.eye(2), shift]), size)
 
 
 def prepare_crops(spec: ImageInput, crops: NDArray[Any]) -> Float:

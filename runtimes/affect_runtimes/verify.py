@@ -2,14 +2,14 @@
 
 import io
 import platform
-import zipfile
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from affect_runtimes.compare import Figure, compare_outputs
-from affect_runtimes.errors import BundleError, ParityError
+from affect_runtimes.errors import BundleError, InputError, ParityError
+from affect_runtimes.interface import check_names
 from affect_runtimes.model import BundleModel
 
 __all__ = ["replay", "replay_elsewhere"]
@@ -27,28 +27,27 @@ def replay(model: BundleModel) -> list[Figure]:
         Every figure, in the manifest's order of outputs, then states as "state.NAME".
 
     Raises:
-        BundleError: verify.npz lacks what the manifest promises.
+        BundleError: verify.npz lacks what the manifest promises, or no bound applies to anything it holds.
         ParityError: a figure outside the bundle's bounds; the message names the output and by how much.
     """
-    manifest = model.bundle.manifest
-    recorded = _load(model)
-    try:
-        dt = recorded["dt"]
-        given = {k.removeprefix("input."): v for k, v in recorded.items() if k.startswith("input.")}
-        expected = {o.name: recorded[f"output.{o.name}"] for o in manifest.outputs}
-        expected |= {f"state.{s.name}": recorded[f"state.{s.name}"] for s in manifest.states}
-    except KeyError as error:
-        raise BundleError(f"{model.bundle.path}: verify.npz lacks {error}; export the bundle again") from None
+    manifest, path = model.bundle.manifest, model.bundle.path / "verify.npz"
+    dt, given, expected = _recorded(model)
     state, steps = model.initial_state(1), []
-    for t, interval in enumerate(dt):
-        inputs = {name: values[t][None] for name, values in given.items()}
-        if manifest.image is not None:
-            inputs[manifest.image.name] = model.normalise(inputs[manifest.image.name])
-        outputs, state = model.step(inputs, state, float(interval))
-        steps.append(outputs | {f"state.{name}": array for name, array in state.arrays.items()})
+    try:
+        for t, interval in enumerate(dt):
+            inputs = {name: values[t][None] for name, values in given.items()}
+            if manifest.image is not None:
+                inputs[manifest.image.name] = model.normalise(inputs[manifest.image.name])
+            outputs, state = model.step(inputs, state, float(interval))
+            steps.append(outputs | {f"state.{name}": array for name, array in state.arrays.items()})
+    except InputError as error:
+        raise BundleError(f"{path}: what it recorded cannot be given to the model: {error}") from None
     found = {name: np.stack([s[name] for s in steps]) for name in expected}
     kinds = {o.name: o.kind for o in manifest.outputs} | {f"state.{s.name}": "regression" for s in manifest.states}
     figures = compare_outputs(expected, found, kinds, model.bundle.bounds)
+    if all(f.limit is None for f in figures):
+        stated = ", ".join(f"{b.output} {b.metric}" for b in model.bundle.bounds)
+        raise BundleError(f"{model.bundle.path}: no figure has a bound; it states {stated}, which no output here has")
     missed = [f for f in figures if f.passed is False]
     if missed:
         raise ParityError(
@@ -72,21 +71,56 @@ def replay_elsewhere(model: BundleModel) -> bool:
     # Slow to import, and wanted only here: not at the start of every `import affect_edge`.
     import importlib.metadata
 
-    target, machine = model.bundle.manifest.raw["target"], model.bundle.parity.get("machine", {})
+    manifest, machine = model.bundle.manifest, model.bundle.parity.get("machine")
+    arch = machine.get("arch") if isinstance(machine, dict) else None
     try:
-        version: str | None = importlib.metadata.version(target["engine"])
+        version: str | None = importlib.metadata.version(manifest.engine)
     except importlib.metadata.PackageNotFoundError:
         version = None  # built from source, or under another name: what it does is not known
-    same = version == target["made_with"].get(target["engine"]) and machine.get("arch") == platform.machine()
-    if same and target["verified_on_target"]:
+    known = version is not None and version == manifest.made_with.get(manifest.engine)
+    if known and arch == platform.machine() and manifest.verified_on_target:
         return False
     replay(model)
     return True
 
 
-def _load(model: BundleModel) -> dict[str, Array]:
+def _recorded(model: BundleModel) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+    """dt (steps,), the inputs and the expected outputs and states of verify.npz, as many of each as there are steps."""
+    manifest, path = model.bundle.manifest, model.bundle.path / "verify.npz"
+    arrays = _load(model)
+    given = {k.removeprefix("input."): v for k, v in arrays.items() if k.startswith("input.")}
     try:
-        with np.load(io.BytesIO(model.bundle.read("verify.npz")), allow_pickle=False) as file:
+        check_names(model.bundle.model_name, manifest.inputs, given)
+    except InputError as error:
+        raise BundleError(f"{path}: its inputs are not the model's: {error}; export the bundle again") from None
+    shapes = {o.name: ("output", o.tensor.sized(1)) for o in manifest.outputs}
+    shapes |= {f"state.{s.name}": ("state", s.sized(1)) for s in manifest.states}
+    try:
+        dt = arrays["dt"]
+        expected = {n: arrays[n if kind == "state" else f"output.{n}"] for n, (kind, _) in shapes.items()}
+    except KeyError as error:
+        raise BundleError(f"{path}: lacks {error}; export the bundle again") from None
+    if dt.ndim != 1 or len(dt) < 1:
+        raise BundleError(f"{path}: dt has shape {dt.shape}, expected (steps,) with at least one step")
+    for name, array in (*given.items(), *expected.items(), ("dt", dt)):
+        if array.dtype.kind not in "biuf" or array.shape[:1] != dt.shape:
+            raise BundleError(
+                f"{path}: {name!r} is {array.dtype} {array.shape}, expected numbers for each of {len(dt)} steps"
+            )
+    if (image := manifest.image) is not None:
+        found, wanted = given[image.name].shape, (len(dt), image.size, image.size, 3)
+        if found != wanted:
+            raise BundleError(f"{path}: {image.name!r} has shape {found}, expected {wanted}")
+    for name, (_, shape) in shapes.items():
+        if expected[name].shape != (len(dt), *shape):
+            raise BundleError(f"{path}: {name!r} has shape {expected[name].shape}, expected {(len(dt), *shape)}")
+    return dt, given, expected
+
+
+def _load(model: BundleModel) -> dict[str, Array]:
+    data = model.bundle.read("verify.npz")
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{model.bundle.path}: verify.npz cannot be read ({error})") from None
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds at bytes that are no archive of arrays
+        raise BundleError(f"{model.bundle.path / 'verify.npz'}: cannot be read ({error})") from None

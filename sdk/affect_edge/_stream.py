@@ -68,7 +68,7 @@ class Stream:
         picture = check_frame(frame)
         now = self._check_time(timestamp_s)
         started = time.perf_counter()
-        faces = sorted(filter(_readable, self._tracker.update(picture, now)), key=lambda f: f.track_id)
+        faces = sorted(filter(self._readable, self._tracker.update(picture, now)), key=lambda f: f.track_id)
         manifest = self._model.bundle.manifest
         crops = [self._crop(picture, face) for face in faces]
         self._last_s = now
@@ -78,8 +78,7 @@ class Stream:
             self._forget(now)
             return []
         tracks = [self._resume(face.track_id, now) for face in faces]
-        interval_s = manifest.clock.frame_interval_s
-        dts = [1.0 if t.seen_s is None else (now - t.seen_s) / interval_s for t in tracks]
+        dts = [self._dt(track, now) for track in tracks]
         features = self._model.encode({self._image.name: self._model.normalise(np.stack(crops))})
         encoded = time.perf_counter()
         outputs, following = self._model.step_features(features, State.stack([t.state for t in tracks]), dts)
@@ -112,6 +111,12 @@ class Stream:
             return crop_box(picture, face.box, self._image.size, self._image.growth)
         return align_face(picture, face.landmarks[:2], self._image.size)
 
+    def _readable(self, face: TrackedFace) -> bool:
+        """Whether the crop can be cut; a profile cannot be aligned by its eyes, and gets no made-up result."""
+        if self._image.align == "box":
+            return min(face.box[2:]) >= 1.0
+        return float(np.hypot(*(face.landmarks[1] - face.landmarks[0]))) >= _LEAST_EYES_PX
+
     def _check_time(self, timestamp_s: Any) -> float:
         try:
             now = float(timestamp_s)
@@ -133,6 +138,13 @@ class Stream:
             return _Track(self._model.initial_state(), None, None)
         return track
 
+    def _dt(self, track: "_Track", now: float) -> float:
+        clock = self._model.bundle.manifest.clock
+        # A model of a fixed rate counts frames elsewhere too: a dt in its scan alone would be a mix it never saw.
+        if track.seen_s is None or not clock.variable_dt:
+            return 1.0
+        return (now - track.seen_s) / clock.frame_interval_s
+
     def _forget(self, now: float) -> None:
         self._tracks = {
             k: t for k, t in self._tracks.items() if t.seen_s is not None and now - t.seen_s <= self._max_gap_s
@@ -146,8 +158,3 @@ class _Track:
     state: State
     seen_s: float | None
     smoothed: Smoothed | None
-
-
-def _readable(face: TrackedFace) -> bool:
-    """Whether the eyes are far enough apart to align by: a profile has no such crop, and gets no made-up result."""
-    return float(np.hypot(*(face.landmarks[1] - face.landmarks[0]))) >= _LEAST_EYES_PX

@@ -146,7 +146,7 @@ def test_tighten_only_tightens() -> None:
         (["--target", "cpu", "--random-weights", "--preset", "huge"], 2, "known: full, tiny"),
         (["--target", "cpu", "--random-weights", "--config", "nowhere.json"], 2, "cannot be read"),
         (["--target", "cpu", "--random-weights", "--config", "{file}"], 2, "not JSON"),
-        (["--target", "cpu", "--random-weights", "--preset", "tiny", "--parity-steps", "0"], 2, "1 to 120 steps"),
+        (["--target", "cpu", "--random-weights", "--preset", "tiny", "--parity-steps", "1"], 2, "2 to 120 steps"),
         (["--target", "cpu", "--output", "{other}"], 2, "not a bundle"),
         (["--target", "cpu", "--output", "{file}"], 2, "not a folder"),
         (["--target", "cpu", "--output", "{bundle}"], 2, "--force"),

@@ -1,11 +1,12 @@
 """What holds for every one of the published systems: two forms, one model, and an artefact that is still that model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,14 +67,19 @@ def random_features(model: AffectModel, batch: int, steps: int, seed: int) -> Te
 
 @contextmanager
 def scan_that_gives_nothing() -> Iterator[None]:
-    """Every selective scan returns zeros, as after an export that lost it."""
+    """Every selective scan keeps its state and gives zeros, as in an export that lost the way between the two."""
+    whole, step = scan.selective_scan, scan.selective_scan_step
 
-    def step(x, delta, a, b, c, skip, state, rule="euler"):  # type: ignore[no-untyped-def]
-        return torch.zeros_like(x), torch.zeros_like(state)
+    def silent(original: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            y, state = original(*arguments)
+            return torch.zeros_like(y), state
+
+        return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "selective_scan", step)
-        patch.setattr(scan, "selective_scan_step", step)
+        patch.setattr(scan, "selective_scan", silent(whole))
+        patch.setattr(scan, "selective_scan_step", silent(step))
         yield
 
 
@@ -231,8 +237,10 @@ def test_an_export_that_loses_the_scan_is_refused(
             return CPU.builder(sources, folder)
 
     sabotaged: Target = replace(CPU, builder=build)
-    with pytest.raises(ParityError, match="max_abs"):
-        export.export_model(checkpoints[name], sabotaged, tmp_path / "out", bounds=CPU.bounds, parity_steps=3)
+    # An output, not only a state: the stub leaves the states of the first layer as they were.
+    output = {"mamba-va": "valence", "ag-ssm": "action_units", "reno": "vocal_emotion", "ms-vssm": "quadrant"}
+    with pytest.raises(ParityError, match=rf": {output.get(name, 'expression')} max_abs"):
+        export.export_model(checkpoints[name], sabotaged, tmp_path / "out", bounds=CPU.bounds, parity_steps=12)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -289,7 +297,14 @@ def test_wrong_inputs_are_named(name: str, checkpoints: dict[str, Checkpoint], b
     if "landmarks" in right:
         both({**right, "landmarks": right["landmarks"][:, :5]}, r"landmarks.*68.*found.*5")
     if "audio" in right:
-        both({**right, "audio": right["audio"][:, :0]}, r"audio.*from 1 to")
+        both({**right, "audio": np.zeros((1, 10**6), np.float32)}, r"audio.*up to")
+        both({**right, "audio": np.full_like(right["audio"], 1.5)}, r"audio.*\[-1, 1\]")
+    with pytest.raises(InputError, match=r"2.*1"):
+        bundle.step({k: np.repeat(v, 2, 0) for k, v in right.items()}, bundle.initial_state())
+    if not model.all_states():
+        return
+    with pytest.raises(InputError, match=r"2.*1"):
+        model.step({k: torch.from_numpy(np.repeat(v, 2, 0)) for k, v in right.items()}, model.initial_state(1))
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:

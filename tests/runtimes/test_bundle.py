@@ -1,7 +1,10 @@
 """Every byte of a bundle matters, and each refusal names its file."""
 
+import hashlib
 import importlib.metadata
+import io
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -91,8 +94,13 @@ def _set(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("inputs", 0, "shape", value=["batch", 3, 112, 96]), BundleError, "side"),
         (_set("outputs", 0, "kind", value="mood"), BundleError, "mood"),
         (_set("clock", "frame_interval_s", value=0), BundleError, "frame_interval_s"),
-        (_set("model", value=None), BundleError, "malformed"),
+        (_set("model", value=None), BundleError, "model: expected an object, found None"),
         (_set("graphs", 1, "sha256", value="abc"), BundleError, "sha256"),
+        (_set("graphs", 0, "file", value="a\0b"), IntegrityError, "characters"),
+        (_set("graphs", 0, "file", value="a\ud800b"), IntegrityError, "characters"),
+        (_set("graphs", 0, "file", value="x" * 5000), IntegrityError, "cannot be read|missing"),
+        (_set("graphs", 0, "file", value="verify.npz"), BundleError, r"'verify\.npz' is there more than once"),
+        (_set("files", ".//verify.npz", value="0" * 64), BundleError, r"'verify\.npz' is there more than once"),
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_refused(
@@ -108,7 +116,15 @@ def test_an_unknown_engine_and_other_shapes_are_refused_at_opening(bundle_folder
     with pytest.raises(BundleError, match=r"abacus.*onnxruntime"):
         open_engine(Bundle.open(bundle_folder))
     rewrite(bundle_folder, _set("target", "engine", value="onnxruntime"))
-    rewrite(bundle_folder, _set("graphs", 1, "inputs", 0, "shape", value=["batch", 17]))
+
+    def resize(raw: dict[str, Any]) -> None:
+        """In every place, so that the manifest still agrees with itself."""
+        step = raw["graphs"][1]
+        for tensor in (*raw["states"], *step["inputs"], *step["outputs"]):
+            if tensor["name"] in ("ssm", "next_ssm"):
+                tensor["shape"][-1] += 1
+
+    rewrite(bundle_folder, resize)
     with pytest.raises(BundleError, match=r"step\.onnx.*manifest says"):
         BundleModel(bundle_folder)
 
@@ -194,3 +210,159 @@ def test_engines_refuse_wrong_arrays(model: BundleModel) -> None:
         open_engine(model.bundle, "encoder", threads=0)
     with pytest.raises(BundleError, match="it has encoder, step"):
         open_engine(model.bundle, "decoder")
+
+
+def change_arrays(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """verify.npz changed, and the manifest signed again."""
+    with np.load(folder / "verify.npz") as file:
+        arrays = dict(file)
+    change(arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    change_file(folder, "verify.npz", buffer.getvalue())
+
+
+def change_file(folder: Path, name: str, data: bytes) -> None:
+    (folder / name).write_bytes(data)
+    rewrite(folder, _set("files", name, value=hashlib.sha256(data).hexdigest()))
+
+
+def _shorten(*names: str) -> Callable[[dict[str, Any]], None]:
+    """The first steps alone: none of them for every array, one fewer for those that are named."""
+
+    def change(arrays: dict[str, Any]) -> None:
+        for name in names or tuple(arrays):
+            arrays[name] = arrays[name][:-1] if names else arrays[name][:0]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: a.pop("input.frame"), "takes frame; found nothing"),
+        (lambda a: a.pop("dt"), "lacks 'dt'"),
+        (lambda a: a.pop("state.ssm"), r"lacks 'state\.ssm'"),
+        (lambda a: a.update({"input.lidar": a["dt"]}), "takes frame; found frame, lidar"),
+        (_shorten(), "at least one step"),
+        (_shorten("input.frame"), "'frame'.*64 steps"),
+        (_shorten("output.valence"), "'valence'.*64 steps"),
+        (_shorten("state.ssm"), r"'state\.ssm'.*64 steps"),
+        (_shorten("dt"), "63 steps"),
+        (_set("dt", value=np.float32(1.0)), r"dt has shape \(\)"),
+        (_set("dt", value=-np.ones(64, np.float32)), "above 0"),
+        (_set("dt", value=np.full(64, "soon")), "numbers"),
+        (_set("input.frame", value=np.zeros((64, 112, 112), np.uint8)), r"'frame' has shape \(64, 112, 112\)"),
+        (_set("output.valence", value=np.zeros((64, 2), np.float32)), r"'valence' has shape \(64, 2\)"),
+        (_set("dt", value=np.array([{}] * 64)), "cannot be read"),  # a pickle
+    ],
+)
+def test_a_recording_that_cannot_be_replayed_is_refused(
+    change: Callable[[dict[str, Any]], None], words: str, bundle_folder: Path
+) -> None:
+    change_arrays(bundle_folder, change)
+    with pytest.raises(BundleError, match=rf"verify\.npz: .*{words}"):
+        replay(BundleModel(bundle_folder))
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"words"])
+def test_a_recording_that_is_no_archive_is_refused(data: bytes, bundle_folder: Path) -> None:
+    change_file(bundle_folder, "verify.npz", data)
+    with pytest.raises(BundleError, match=r"verify\.npz: cannot be read"):
+        replay(BundleModel(bundle_folder))
+
+
+def test_a_bare_array_is_no_recording(bundle_folder: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ones(3))
+    change_file(bundle_folder, "verify.npz", buffer.getvalue())
+    with pytest.raises(BundleError, match=r"verify\.npz: cannot be read"):
+        replay(BundleModel(bundle_folder))
+
+
+def test_bounds_that_hold_nothing_are_refused(bundle_folder: Path) -> None:
+    bound = {"output": "valence", "metric": "agreement", "limit": 0.99}  # of a regression: never measured
+    rewrite(bundle_folder, _set("parity", "bounds", value=[bound]))
+    with pytest.raises(BundleError, match=r"no figure has a bound.*valence agreement"):
+        replay(BundleModel(bundle_folder))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"[]", "expected a JSON object"),
+        (b"{", "not JSON"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a":' * 100_000, "nested|not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "number that cannot be read"),
+    ],
+)
+def test_a_parity_report_that_cannot_be_read_is_refused(data: bytes, words: str, bundle_folder: Path) -> None:
+    change_file(bundle_folder, "parity.json", data)
+    with pytest.raises(BundleError, match=rf"parity\.json: .*({words})"):
+        replay_elsewhere(BundleModel(bundle_folder))
+
+
+def test_a_parity_report_without_its_machine_counts_as_elsewhere(bundle_folder: Path) -> None:
+    change_file(bundle_folder, "parity.json", b'{"machine": "mine"}')
+    assert replay_elsewhere(BundleModel(bundle_folder)) is True
+
+
+@pytest.mark.parametrize("what", ["unreadable", "ring of links"])
+def test_what_the_file_system_refuses_is_said_so(what: str, bundle_folder: Path) -> None:
+    path = bundle_folder / "step.onnx"
+    path.unlink()
+    if what == "unreadable":
+        path.mkdir()
+    else:
+        path.symlink_to(path)
+    with pytest.raises(IntegrityError, match=r"step\.onnx"):
+        Bundle.open(bundle_folder)
+
+
+# Letting go of the graphs.
+
+
+@pytest.fixture
+def with_data(bundle_folder: Path) -> Path:
+    """The step's large tensors as a file of their own, as far as the manifest says."""
+    data = b"weights" * 1000
+    (bundle_folder / "step.data").write_bytes(data)
+    rewrite(bundle_folder, _set("files", "step.data", value=hashlib.sha256(data).hexdigest()))
+    rewrite(bundle_folder, _set("graphs", 1, "data", value="step.data"))
+    return bundle_folder
+
+
+def test_sizes_count_data_and_outlive_the_bytes(with_data: Path) -> None:
+    bundle = Bundle.open(with_data)
+    graphs = ("encoder.onnx", "step.onnx", "step.data")
+    sizes = (sum(p.stat().st_size for p in with_data.iterdir()), sum((with_data / n).stat().st_size for n in graphs))
+    before = {name: bundle.read(name) for name in bundle.manifest.files}
+    assert (bundle.size_bytes, bundle.graph_bytes) == sizes
+    bundle.release_graphs()
+    bundle.release_graphs()
+    assert (bundle.size_bytes, bundle.graph_bytes) == sizes
+    assert {name: bundle.read(name) for name in bundle.manifest.files} == before
+    assert all(bundle.read(name) is not before[name] for name in graphs)
+    assert bundle.read("verify.npz") is before["verify.npz"]
+
+
+def test_a_released_file_is_verified_again(bundle_folder: Path) -> None:
+    bundle = Bundle.open(bundle_folder)
+    (bundle_folder / "step.onnx").write_bytes(b"another graph")
+    assert bundle.read("step.onnx") != b"another graph"
+    bundle.release_graphs()
+    with pytest.raises(IntegrityError, match=r"step\.onnx.*changed"):
+        bundle.read("step.onnx")
+    (bundle_folder / "encoder.onnx").unlink()
+    with pytest.raises(IntegrityError, match=r"encoder\.onnx: missing"):
+        BundleModel(bundle)
+
+
+def test_two_models_share_a_bundle_that_was_released(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle_folder.parent)
+    bundle = Bundle.open(bundle_folder.name)
+    first = BundleModel(bundle)
+    bundle.release_graphs()
+    monkeypatch.chdir(os.sep)
+    assert replay(first) == replay(BundleModel(bundle))

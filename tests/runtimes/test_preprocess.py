@@ -119,6 +119,8 @@ def test_a_box_is_cut_square_grown_and_undistorted() -> None:
     assert crop[0, 0].tolist() == [45, 70, 0] and crop[-1, -1].tolist() == [114, 139, 0]
     edge = crop_box(frame, (-20.0, -20.0, 60.0, 60.0), 60)
     assert edge[0, 0].tolist() == [0, 0, 0] and edge[-1, -1].tolist() == [39, 39, 0]  # the frame's edge, repeated
-    for bad in ((0.0, 0.0, 0.0, 5.0), (np.nan, 0.0, 5.0, 5.0), (500.0, 0.0, 5.0, 5.0)):
+    assert crop_box(frame, (0.0, 0.0, 1e6, 1e6), 16).shape == (16, 16, 3)  # whatever the box, as small as the crop
+    outside = ((500.0, 0.0, 5.0, 5.0), (0.0, 200.0, 5.0, 5.0), (10.0, -60.0, 20.0, 20.0), (-90.0, 10.0, 20.0, 20.0))
+    for bad in ((0.0, 0.0, 0.0, 5.0), (np.nan, 0.0, 5.0, 5.0), *outside):
         with pytest.raises(InputError, match="face box"):
             crop_box(frame, bad, 16)

@@ -14,12 +14,12 @@ rule here.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from affect_export.models.config import ModelConfig
 from affect_runtimes.audio import encoder_inputs
 from affect_runtimes.errors import InputError
 from affect_runtimes.interface import AudioInput, Input, Output, StateTensor, check_names
@@ -29,47 +29,6 @@ from affect_runtimes.manifest import Clock
 __all__ = ["AffectModel", "ModelConfig", "Tensors"]
 
 Tensors = dict[str, Tensor]
-
-
-class ModelConfig:
-    """Base of the frozen dataclasses that hold a model's hyper-parameters; plain values and tuples of them only."""
-
-    @classmethod
-    def tiny(cls) -> Self:
-        """A preset for tests: the same graph, well under a million parameters."""
-        raise NotImplementedError
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values from which `from_json` makes an equal configuration."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any], base: Self | None = None) -> Self:
-        """The inverse of `to_json`, also after a round trip through JSON, where tuples became lists.
-
-        Args:
-            values: field -> value.
-            base: gives the fields that `values` lacks; None is the defaults.
-
-        Raises:
-            InputError: a field that there is not, or a value of another kind than the field's.
-        """
-        known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
-        plain = {k: _plain(v) for k, v in values.items()}
-        base = cls() if base is None else base
-        for name, value in plain.items():
-            if name not in known:
-                raise InputError(f"{cls.__name__} has no field {name!r}; it has {', '.join(known)}")
-            usual = getattr(base, name)
-            numbers = isinstance(usual, int | float) and isinstance(value, int | float)
-            if usual is not None and value is not None and type(value) is not type(usual) and not numbers:
-                raise InputError(f"{cls.__name__}.{name}: expected a value like {usual!r}, found {value!r}")
-        made: Self = replace(base, **plain)  # type: ignore[type-var]
-        return made
-
-
-def _plain(value: Any) -> Any:
-    return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 class AffectModel(nn.Module, ABC):
@@ -190,8 +149,8 @@ class AffectModel(nn.Module, ABC):
         Returns:
             Outputs (B, T, ...) and the state after the last moment.
         """
-        first = next(iter(inputs.values()))
-        batch, steps = first.shape[:2]
+        check_names(self.NAME, self.inputs(), inputs)
+        batch, steps = next(iter(inputs.values())).shape[:2]
         carried = dict(self.initial_state(batch) if state is None else state)
         moments = []
         for t in range(steps):
@@ -214,6 +173,14 @@ class AffectModel(nn.Module, ABC):
             InputError: an input is missing, is not taken, or has another shape than the model's.
         """
         check_names(self.NAME, self.inputs(), inputs)
+        batch = next(iter(inputs.values())).shape[0]
+        for carried in self.all_states():
+            found = tuple(state[carried.name].shape)
+            if found != carried.sized(batch):
+                raise InputError(
+                    f"{self.NAME}: inputs of {batch} streams need the state {carried.name} {carried.sized(batch)}, "
+                    f"found {found}"
+                )
         seen, rings = dict(inputs), {}
         for heard in self.inputs():
             if not isinstance(heard, AudioInput):
@@ -229,7 +196,6 @@ class AffectModel(nn.Module, ABC):
             )
             seen |= {k: torch.from_numpy(v).to(ring.device, ring.dtype) for k, v in arrays.items()}
             rings[heard.name] = torch.from_numpy(following).to(ring.device, ring.dtype)
-        batch = next(iter(seen.values())).shape[0]
         for tensor in self.encoder_tensors():
             found = tuple(seen[tensor.name].shape)
             if found != tensor.sized(batch):

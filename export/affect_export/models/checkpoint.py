@@ -7,7 +7,9 @@ or a training run's dict with the weights under one key.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ SHIPPED = Path(__file__).parent.parent / "weights" / "student.safetensors"
 
 PRESETS = ("full", "tiny")
 _NESTS = ("state_dict", "model_state_dict", "model")
+_PUBLIC = "mamba-va"
 _SHOWN = 8
 
 
@@ -57,18 +60,25 @@ def make_config(name: str, preset: str = "full", changes: Mapping[str, Any] | No
     """A model's configuration: a preset with some fields changed.
 
     Raises:
-        InputError: no such model, preset or field.
+        InputError: no such model, preset or field, or a value that the field cannot have.
     """
     kind = find_model(name).CONFIG
     if preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    return kind.from_json(changes or {}, kind() if preset == "full" else kind.tiny())
+    return _changed(kind() if preset == "full" else kind.tiny(), changes)
 
 
 def save_model(model: AffectModel, path: Path, *, version: str, licence: str = "Apache-2.0", trained: bool) -> None:
-    """Writes weights and configuration to `path`, atomically."""
+    """Writes weights and configuration to `path`, atomically.
+
+    Raises:
+        InputError: `path` is a folder, or in none.
+    """
     from safetensors.torch import save_file
 
+    if path.is_dir() or not path.parent.is_dir():
+        found = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise InputError(f"{path}: {found}; a checkpoint is a file in a folder that exists")
     header = {
         "model": model.NAME,
         "version": version,
@@ -76,14 +86,17 @@ def save_model(model: AffectModel, path: Path, *, version: str, licence: str = "
         "trained": json.dumps(trained),
         "config": json.dumps(model.config.to_json()),
     }
-    part = path.with_suffix(".part")
-    save_file(_weights(model), part, metadata=header)
-    part.replace(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        save_file(_weights(model), part, metadata=header)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_model(
     name: str,
-    path: Path | Sequence[Path] | None = None,
+    path: str | Path | Sequence[str | Path] | None = None,
     *,
     preset: str | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -97,54 +110,98 @@ def load_model(
         path: checkpoint. One that `save_model` wrote says its own configuration; of any other the preset decides.
             Several files together make one checkpoint: some training code saves the encoder apart.
         preset: "full" or "tiny"; None is what the checkpoint says, else "full".
-        changes: fields of the configuration that differ from the preset.
+        changes: fields of the configuration that differ from the preset. Of a checkpoint that says its own, they are
+            compared with it: without a preset only they, with one all of the configuration.
         random_weights: fill in random weights instead of a file's.
         seed: of the random weights.
 
     Raises:
         InputError: no weights, or both kinds; an unknown model, preset or field; a configuration that contradicts the
-            checkpoint's own.
+            checkpoint's own, or from which no model can be built.
         AffectError: no such file, a file of another kind, a checkpoint of another model, or weights that do not fit.
     """
     kind = find_model(name)
     if random_weights == (path is not None):
         raise InputError(f"{name} needs a checkpoint, or random weights for tests and timing, and not both")
     if path is None:
-        model = kind(make_config(name, preset or "full", changes))
+        model = _built(kind, make_config(name, preset or "full", changes))
         model.randomise_(seed)
         return Checkpoint(model.eval(), name, "0", "Apache-2.0", False, _digest(_weights(model)), "")
-    paths = [path] if isinstance(path, Path) else list(path)
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
+    if not paths:
+        raise InputError(f"{name} needs a checkpoint; the list of its files is empty")
     header, weights = _read_all(paths)
-    path, found = paths[0], header.get("model", name)
+    first, found = paths[0], header.get("model", name)
     if found != name:
-        raise AffectError(f"{path}: holds a checkpoint of {found!r}, asked for was {name!r}")
+        raise AffectError(f"{first}: holds a checkpoint of {found!r}, asked for was {name!r}")
+    usual: dict[str, Any] = {}
     if is_public(weights):
+        if name != _PUBLIC:
+            raise AffectError(
+                f"{first}: has the names of Mamba-VA's public training code, asked for was {name!r}; "
+                f"{_PUBLIC!r} takes them"
+            )
         # Its encoder was fine-tuned on pixels normalised by these.
-        weights, changes = from_public(weights), {"mean": PIXEL_MEAN, "std": PIXEL_STD, **(changes or {})}
-    config = make_config(name, preset or "full", changes)
+        weights, usual = from_public(weights), {"mean": PIXEL_MEAN, "std": PIXEL_STD}
     if "config" in header:
-        own = kind.CONFIG.from_json(json.loads(header["config"]))
-        if (preset is not None or changes) and own != config:
-            raise InputError(f"{path}: {_differences(own, config)}; leave out the preset and config to use its own")
-        config = own
-    model = kind(config)
-    _load(model, model.modernise(weights), path, config)
-    card = path.parent / "MODEL_CARD.md"
+        config = _own_config(name, first, header["config"], preset, changes)
+    else:
+        config = make_config(name, preset or "full", {**usual, **(changes or {})})
+    model = _built(kind, config)
+    _load(model, model.modernise(weights), first, config)
+    card = first.parent / "MODEL_CARD.md"
     sha256 = _file_digest(paths)
     return Checkpoint(
         model.eval(),
         name,
         header.get("version", sha256[:12]),
         header.get("licence", "unstated"),
-        json.loads(header.get("trained", "true")),
+        header.get("trained", True),
         sha256,
         card.read_text() if card.is_file() else "",
     )
 
 
-def _read_all(paths: Sequence[Path]) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _own_config(
+    name: str, path: Path, values: Mapping[str, Any], preset: str | None, changes: Mapping[str, Any] | None
+) -> ModelConfig:
+    """The configuration in a checkpoint's header, if it is what was asked for."""
+    try:
+        own = make_config(name, changes=values)
+    except InputError as error:
+        raise AffectError(f"{path}: the configuration in its header cannot be used: {error}") from None
+    asked = _changed(own, changes) if preset is None else make_config(name, preset, changes)
+    if asked != own:
+        raise InputError(f"{path}: {_differences(own, asked)}; leave out the preset and config to use its own")
+    return own
+
+
+def _changed(config: ModelConfig, changes: Mapping[str, Any] | None) -> ModelConfig:
+    with _sizes_that_fit(f"{type(config).__name__} with {dict(changes or {})}"):
+        return config.from_json(changes or {}, config)
+
+
+def _built(kind: type[AffectModel], config: ModelConfig) -> AffectModel:
+    usual = kind.CONFIG().to_json()
+    told = ", ".join(f"{k}={v!r}" for k, v in config.to_json().items() if v != usual[k])
+    with _sizes_that_fit(f"{type(config).__name__}({told})"):
+        return kind(config)
+
+
+@contextmanager
+def _sizes_that_fit(what: str) -> Iterator[None]:
+    """Sizes that do not go together are the caller's mistake, whichever library is the first to stumble over them."""
+    try:
+        yield
+    except AffectError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise InputError(f"no {what} can be built ({type(error).__name__}: {error}); change its sizes") from error
+
+
+def _read_all(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and weights of files that together are one checkpoint."""
-    header: dict[str, str] = {}
+    header: dict[str, Any] = {}
     weights: dict[str, Tensor] = {}
     for path in paths:
         said, found = _read(path)
@@ -156,7 +213,7 @@ def _read_all(paths: Sequence[Path]) -> tuple[dict[str, str], dict[str, Tensor]]
     return header, weights
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and weights of a file."""
     if not path.is_file():
         raise AffectError(f"{path}: no such checkpoint; the shipped student is {SHIPPED}")
@@ -165,26 +222,69 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
         try:
             with safe_open(path, framework="pt") as file:
-                return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
+                raw, weights = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
             raise AffectError(f"{path}: not a safetensors file ({error})") from None
+        return _header(path, raw), _bare_names(path, weights)
     if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
         raise AffectError(f"{path}: a checkpoint is a .safetensors or a .pt file (.pth, .bin, .ckpt)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        first = str(error).splitlines()[0]
-        raise AffectError(
-            f"{path}: torch.load(weights_only=True) refuses it ({first}); save the state_dict alone, "
-            "because a file that needs more than tensors could run code"
-        ) from None
+        raise AffectError(_refusal(path, str(error))) from None
     for key in _NESTS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise AffectError(f"{path}: expected a state dict of tensors, also under one of {', '.join(_NESTS)}")
-    return {}, {k.removeprefix("module."): v for k, v in content.items()}
+    return {}, _bare_names(path, content)
+
+
+def _header(path: Path, raw: Mapping[str, str]) -> dict[str, Any]:
+    """What a safetensors header says of a checkpoint, as `save_model` writes it; all of it may be missing."""
+    header: dict[str, Any] = {key: raw[key] for key in ("model", "version", "licence") if key in raw}
+    for key, kind, wanted in (("trained", bool, "true or false"), ("config", dict, "an object of hyper-parameters")):
+        if key not in raw:
+            continue
+        try:
+            header[key] = json.loads(raw[key])
+        except (ValueError, RecursionError):
+            header[key] = None
+        if not isinstance(header[key], kind):
+            raise AffectError(
+                f"{path}: {key!r} in its header is the text {raw[key][:60]!r}, expected JSON of {wanted}; "
+                "save_model writes such a header"
+            )
+    return header
+
+
+def _bare_names(path: Path, weights: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """Weights without the "module." that training on several GPUs puts in front of names."""
+    strange = [repr(name) for name in weights if not isinstance(name, str)]
+    if strange:
+        raise AffectError(f"{path}: the names in a state dict are text, found {_listed(strange)}")
+    bare = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    if len(bare) < len(weights):
+        both = sorted(name for name in weights if f"module.{name}" in weights)
+        raise AffectError(f"{path}: has names both with 'module.' in front and without: {_listed(both)}")
+    return bare
+
+
+def _refusal(path: Path, error: str) -> str:
+    """What to say of a file that torch.load refuses: damaged, or with a training run's settings beside the weights."""
+    reason = re.search(r"WeightsUnpickler error:\s*(.+?)(?:\. |\n|$)", error)
+    why = reason[1] if reason else (error.splitlines() or ["damaged"])[0]
+    nested = f"next((d[k] for k in {_NESTS} if k in d), d)"
+    line = (
+        f"import torch; d = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
+        f"torch.save({{k: v for k, v in {nested}.items() if torch.is_tensor(v)}}, "
+        f"{str(path.with_name(f'{path.stem}.tensors.pt'))!r})"
+    )
+    return (
+        f"{path}: torch.load(weights_only=True) refuses it ({why}): it is damaged, or needs more than tensors, which "
+        f"could run code. If you trust where it is from, this line of Python saves its tensors alone: {line}"
+    )
 
 
 def _load(model: AffectModel, weights: Mapping[str, Tensor], path: Path, config: ModelConfig) -> None:

@@ -13,7 +13,8 @@ contradictory there, and the choice is ours.
     encoder     ViT-Large/16 trained as a masked autoencoder, 224 x 224 pixels, CLS token after the last layer norm,
                 1024-d; patch embedding and the first 16 of 24 blocks were frozen in fine-tuning. Pixels (open): mean
                 and standard deviation of ImageNet, with which MAE was pre-trained. [code] fine-tuned with those of its
-                own data: with its weights set `mean` and `std` to `public_names.PIXEL_MEAN` and `PIXEL_STD`.
+                own data: for a checkpoint with its names `load_model` sets `mean` and `std` to
+                `public_names.PIXEL_MEAN` and `PIXEL_STD`, unless the caller changes them.
     TCN         4 levels, kernel 15, output 256, dropout 0.3; [code] channels 1024, 768, 512, 256; dilations 1, 2, 4, 8;
                 two causal weight-normed convolutions a level, each with a PReLU of one slope, 1x1 convolution on the
                 residual where channels change, a PReLU after the sum. It sees 421 frames, 14 s at 30 frames a second.

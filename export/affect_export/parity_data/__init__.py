@@ -60,7 +60,7 @@ def synthetic_voice(samples: int, rate_hz: int, seed: int = 0) -> NDArray[np.flo
 def clip_inputs(inputs: Sequence[Input], steps: int = CLIP_STEPS) -> dict[str, Array]:
     """What a caller would hand in over the clip: name -> (steps, ...), pictures as uint8 crops.
 
-    Sound that is optional is missing in every fifth stretch of four steps.
+    Sound that is optional is missing now and then, for the first time in the second step: short clips have it too.
     """
     made: dict[str, Array] = {}
     rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def clip_inputs(inputs: Sequence[Input], steps: int = CLIP_STEPS) -> dict[str, A
         elif isinstance(given, AudioInput):
             made[given.name] = synthetic_voice(steps * given.hop, given.rate_hz).reshape(steps, given.hop)
             if given.optional:
-                made[f"{given.name}_present"] = (np.arange(steps) // 4 % 5 != 4).astype(np.float32)
+                made[f"{given.name}_present"] = (np.arange(steps) % 17 % 7 != 1).astype(np.float32)
     return made
 
 
@@ -94,6 +94,8 @@ def random_sequence(inputs: Sequence[Input], steps: int, streams: int, seed: int
             made[given.name] = (0.5 + 0.2 * _drift(rng, steps, (streams, given.count, 2))).astype(np.float32)
         elif isinstance(given, AudioInput):
             made[given.name] = rng.uniform(-1, 1, (steps, streams, given.hop)).astype(np.float32)
+            if given.optional:
+                made[f"{given.name}_present"] = (rng.random((steps, streams)) < 0.8).astype(np.float32)
     dt = rng.uniform(0.25, 4.0, (steps, streams)).astype(np.float32)
     return ParitySequence(f"random-{steps}x{streams}", made, dt)
 
