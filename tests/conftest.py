@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from affect_export.export import export_model
@@ -13,6 +14,9 @@ from affect_export.parity_data import carphone_crops
 from affect_export.targets import TARGETS
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.model import BundleModel
+
+# Of models this small a second thread costs more than it brings.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from affect_export.models import foundation
 from affect_export.models.tcn import is_weight_normed
 
-torch.set_num_threads(1)
-
 W, MLP = 16, 32
 
 Shapes = dict[str, tuple[int, ...]]

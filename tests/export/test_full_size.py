@@ -4,10 +4,12 @@ Each takes minutes and up to sixteen gigabytes of memory, so each runs in a proc
 """
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from affect_export import cli
 from affect_export.models import MODELS
@@ -23,6 +25,7 @@ TOLERANCE = 1e-4
 @pytest.mark.full_size
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_the_full_size_export_is_the_float_model(name: str) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
     # Not tmp_path: pytest would keep gigabytes for later.
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / name

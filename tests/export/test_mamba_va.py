@@ -19,8 +19,6 @@ from affect_export.models.tcn import TCN, fold_weight_norm, is_weight_normed
 from affect_runtimes.errors import AffectError, InputError
 from affect_runtimes.interface import ImageInput
 
-torch.set_num_threads(1)
-
 # The same sums in float64 in another order.
 EXACT = 1e-11
 
