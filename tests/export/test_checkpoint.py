@@ -332,3 +332,16 @@ def test_a_file_with_settings_beside_its_weights_says_how_to_save_the_tensors_al
     exec(line, {})
     loaded = load_model("ms-vssm", tmp_path / "audio's.tensors.pt", preset="tiny").model.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in weights.items())
+
+
+def test_files_that_contradict_each_other_are_refused(tiny: AffectModel, tmp_path: Path) -> None:
+    """Two halves of one model that say different things of themselves are no one checkpoint."""
+    weights, config = tiny.state_dict(), json.dumps(tiny.config.to_json())
+    halves: list[Path | str] = []
+    for i, version in enumerate(("1", "2")):
+        part = {k: v.contiguous() for j, (k, v) in enumerate(weights.items()) if j % 2 == i}
+        header = {"model": "ms-vssm", "version": version, "trained": "false", "config": config}
+        halves.append(tmp_path / f"{i}.safetensors")
+        safetensors.torch.save_file(part, halves[i], header)
+    with pytest.raises(AffectError, match="says version '2', another of the files '1'"):
+        load_model("ms-vssm", halves)

@@ -208,6 +208,9 @@ def _read_all(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]
         twice = sorted(set(found) & set(weights))
         if twice:
             raise AffectError(f"{path}: has names that another of the files has too: {_listed(twice)}")
+        for key in sorted(set(said) & set(header)):
+            if said[key] != header[key]:
+                raise AffectError(f"{path}: says {key} {said[key]!r}, another of the files {header[key]!r}")
         header |= said
         weights |= found
     return header, weights
