@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from affect_export._commands import exit_code, require
+
 if TYPE_CHECKING:
     from affect_export.export import ExportResult
     from affect_export.models.checkpoint import Checkpoint
@@ -59,50 +61,44 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of `affect-export`."""
-    from affect_runtimes.errors import AffectError, InputError
+    arguments = _parser().parse_args(argv)
+    return exit_code("affect-export", lambda: _run(arguments))
 
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    try:
-        from affect_export.targets import TARGETS, find_target
 
-        if arguments.list_targets:
-            for target in TARGETS.values():
-                held = ", ".join(f"{b.output} {b.metric} {b.limit:g}" for b in target.bounds)
-                print(f"{target.name:16} {target.summary}; held to {held}")
-            return 0
-        if arguments.list_models:
-            _require("torch")
-            _list_models()
-            return 0
-        if arguments.target is None:
-            raise InputError("name a --target; --list-targets shows them")
-        target = find_target(arguments.target)
-        _require("torch", "onnx", "onnxscript", "safetensors")
-        from affect_export.export import check_output_folder, export_model, tighten
-        from affect_export.models import find_model
+def _run(arguments: argparse.Namespace) -> None:
+    from affect_export.targets import TARGETS, find_target
+    from affect_runtimes.errors import InputError
 
-        find_model(arguments.model)
-        bounds = tighten(target.bounds, arguments.max_drop)
-        output = arguments.output or Path(f"{arguments.model}-{target.name}")
-        check_output_folder(output, arguments.force)
-        result = export_model(
-            _checkpoint(arguments),
-            target,
-            output,
-            bounds=bounds,
-            force=arguments.force,
-            dry_run=arguments.dry_run,
-            parity_steps=arguments.parity_steps,
-        )
-    except InputError as error:
-        print(f"affect-export: {error}", file=sys.stderr)
-        return 2
-    except AffectError as error:
-        print(f"affect-export: {error}", file=sys.stderr)
-        return 1
+    if arguments.list_targets:
+        for target in TARGETS.values():
+            held = ", ".join(f"{b.output} {b.metric} {b.limit:g}" for b in target.bounds)
+            print(f"{target.name:16} {target.summary}; held to {held}")
+        return
+    if arguments.list_models:
+        require("torch")
+        _list_models()
+        return
+    if arguments.target is None:
+        raise InputError("name a --target; --list-targets shows them")
+    target = find_target(arguments.target)
+    require("torch", "onnx", "onnxscript", "safetensors")
+    from affect_export.export import check_output_folder, export_model, tighten
+    from affect_export.models import find_model
+
+    find_model(arguments.model)
+    bounds = tighten(target.bounds, arguments.max_drop)
+    output = arguments.output or Path(f"{arguments.model}-{target.name}")
+    check_output_folder(output, arguments.force)
+    result = export_model(
+        _checkpoint(arguments),
+        target,
+        output,
+        bounds=bounds,
+        force=arguments.force,
+        dry_run=arguments.dry_run,
+        parity_steps=arguments.parity_steps,
+    )
     _print_result(result)
-    return 0
 
 
 def _checkpoint(arguments: argparse.Namespace) -> "Checkpoint":
@@ -159,26 +155,11 @@ def _list_models() -> None:
 
 def train_student_main(argv: list[str] | None = None) -> int:
     """Command line of `affect-train-student`; see `affect_export.recipes.student`."""
-    from affect_runtimes.errors import AffectError
-
-    try:
-        _require("torch", "safetensors")
-    except AffectError as error:
-        print(f"affect-train-student: {error}", file=sys.stderr)
-        return 1
+    if refused := exit_code("affect-train-student", lambda: require("torch", "safetensors")):
+        return refused
     from affect_export.recipes.student import main as train_student
 
     return train_student(argv)
-
-
-def _require(*modules: str) -> None:
-    import importlib.util
-
-    from affect_runtimes.errors import MissingDependencyError
-
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(f"this command needs {', '.join(missing)}: pip install 'affect-edge[export]'")
 
 
 def _print_result(result: "ExportResult") -> None:

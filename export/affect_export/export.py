@@ -35,7 +35,6 @@ from affect_quantize.gate import GateReport, ParitySequence, check_parity
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.compare import Bound
 from affect_runtimes.errors import InputError, ParityError
-from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import SCHEMA, to_text
 from affect_runtimes.model import BundleModel
 from affect_runtimes.verify import replay
@@ -248,8 +247,8 @@ def _write(
                 "sha256": _sha256(folder / g.file),
                 **({} if g.data is None else {"data": g.data}),
                 "precision": g.precision,
-                "inputs": [_tensor_json(t) for t in g.source.inputs],
-                "outputs": [_tensor_json(t) for t in g.source.outputs],
+                "inputs": [t.to_json() for t in g.source.inputs],
+                "outputs": [t.to_json() for t in g.source.outputs],
             }
             for g in written
         ],
@@ -294,12 +293,8 @@ def _write(
         data,
     )
     if report.passed:
-        replay(artefact if data else BundleModel(Bundle.open(folder)))
+        replay(artefact)
     return report
-
-
-def _tensor_json(tensor: Tensor) -> dict[str, Any]:
-    return {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype}
 
 
 def _features(model: AffectModel, sequence: ParitySequence) -> dict[str, NDArray[Any]]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from affect_export._commands import exit_code, require
+
 if TYPE_CHECKING:
     import torch
 
@@ -143,22 +145,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of `affect-gradcam`."""
-    from affect_runtimes.errors import AffectError, InputError
-
     arguments = _parser().parse_args(argv)
-    try:
-        summary = _run(arguments)
-    except InputError as error:
-        print(f"affect-gradcam: {error}", file=sys.stderr)
-        return 2
-    except AffectError as error:
-        print(f"affect-gradcam: {error}", file=sys.stderr)
-        return 1
-    print(summary)
-    return 0
+    return exit_code("affect-gradcam", lambda: _run(arguments))
 
 
-def _run(arguments: argparse.Namespace) -> str:
+def _run(arguments: argparse.Namespace) -> None:
     from affect_runtimes.errors import AffectError, InputError
 
     output: Path = arguments.output
@@ -168,12 +159,13 @@ def _run(arguments: argparse.Namespace) -> str:
         raise InputError(f"--output {output}: is a folder; the picture is a file, such as {output / 'look.png'}")
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {output.parent}")
-    _require("torch", "safetensors")
+    require("torch", "safetensors")
     import cv2
     import torch
 
     from affect_export.models.checkpoint import load_model
     from affect_export.models.mamba_fer import MambaFER
+    from affect_quantize.files import replacing
     from affect_runtimes.interface import ImageInput
     from affect_runtimes.preprocess import prepare_crops
 
@@ -211,16 +203,12 @@ def _run(arguments: argparse.Namespace) -> str:
     done, data = cv2.imencode(".png", np.ascontiguousarray(page[..., ::-1]))
     if not done:
         raise RuntimeError("OpenCV could not encode the picture")
-    # Never half a picture in its place, and a name that is nobody else's.
-    part = output.with_name(f"{output.name}.part")
     try:
-        part.write_bytes(data.tobytes())
-        part.replace(output)
+        with replacing(output) as part:
+            part.write_bytes(data.tobytes())
     except OSError as error:
         raise AffectError(f"--output {output}: cannot be written ({error.strerror})") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return f"{labels[index]} {probabilities[index]:.2f}; picture written to {output}"
+    print(f"{labels[index]} {probabilities[index]:.2f}; picture written to {output}")
 
 
 def _crops(paths: Sequence[Path], size: int, frames: int) -> list[Pixels]:
@@ -271,16 +259,6 @@ def _landmarks(path: Path | None, frames: int) -> Float:
     if points.ndim == 3:
         raise InputError(f"{path}: landmarks of {len(points)} frames; a clip has {frames}")
     return np.stack([check_landmarks(points)] * frames)
-
-
-def _require(*modules: str) -> None:
-    import importlib.util
-
-    from affect_runtimes.errors import MissingDependencyError
-
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(f"this command needs {', '.join(missing)}: pip install 'affect-edge[export]'")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from affect_quantize.files import replacing
+
 __all__ = ["TrainingConfig", "train"]
 
 _log = logging.getLogger("affect_edge.training")
@@ -166,7 +168,6 @@ def _floats(terms: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _save(path: Path, values: dict[str, Any]) -> None:
-    # Written beside and renamed: a run that is killed while saving keeps its previous checkpoint.
-    part = path.with_suffix(".part")
-    torch.save(values, part)
-    part.replace(path)
+    # A run that is killed while saving keeps its previous checkpoint.
+    with replacing(path) as part:
+        torch.save(values, part)

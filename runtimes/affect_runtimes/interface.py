@@ -62,6 +62,9 @@ class Tensor:
         """The shape for a given number of streams."""
         return tuple(batch if d == "batch" else int(d) for d in self.shape)
 
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+
 
 @dataclass(frozen=True)
 class Filter:
@@ -298,7 +301,7 @@ class StateTensor(Tensor):
 
     def to_json(self) -> dict[str, Any]:
         kept = {} if self.kept_by == "graph" else {"kept_by": self.kept_by}
-        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype, "init": self.initial, **kept}
+        return {**super().to_json(), "init": self.initial, **kept}
 
 
 def read_tensor(raw: Any) -> Tensor:

@@ -116,10 +116,7 @@ class BundleModel:
         self, inputs: Mapping[str, Array], state: State, dt: Sequence[float] | NDArray[Any] | float = 1.0
     ) -> tuple[dict[str, Array], State]:
         """One moment of every stream, as the float model's `step`; inputs as for `perceive`."""
-        if isinstance(state, State):
-            self.check_state(state, state.batch)
-        else:
-            self.check_state(state, 1)
+        self.check_state(state, state.batch if isinstance(state, State) else 1)
         seen, rings = self.perceive(inputs, state)
         return self.step_features(self.encode(seen), state, dt, rings)
 

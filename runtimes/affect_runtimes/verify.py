@@ -93,11 +93,11 @@ def _recorded(model: BundleModel) -> tuple[Array, dict[str, Array], dict[str, Ar
         check_names(model.bundle.model_name, manifest.inputs, given)
     except InputError as error:
         raise BundleError(f"{path}: its inputs are not the model's: {error}; export the bundle again") from None
-    shapes = {o.name: ("output", o.tensor.sized(1)) for o in manifest.outputs}
-    shapes |= {f"state.{s.name}": ("state", s.sized(1)) for s in manifest.states}
+    outputs = {o.name: o.tensor.sized(1) for o in manifest.outputs}
+    states = {f"state.{s.name}": s.sized(1) for s in manifest.states}
     try:
         dt = arrays["dt"]
-        expected = {n: arrays[n if kind == "state" else f"output.{n}"] for n, (kind, _) in shapes.items()}
+        expected = {name: arrays[f"output.{name}"] for name in outputs} | {name: arrays[name] for name in states}
     except KeyError as error:
         raise BundleError(f"{path}: lacks {error}; export the bundle again") from None
     if dt.ndim != 1 or len(dt) < 1:
@@ -111,7 +111,7 @@ def _recorded(model: BundleModel) -> tuple[Array, dict[str, Array], dict[str, Ar
         found, wanted = given[image.name].shape, (len(dt), image.size, image.size, 3)
         if found != wanted:
             raise BundleError(f"{path}: {image.name!r} has shape {found}, expected {wanted}")
-    for name, (_, shape) in shapes.items():
+    for name, shape in (outputs | states).items():
         if expected[name].shape != (len(dt), *shape):
             raise BundleError(f"{path}: {name!r} has shape {expected[name].shape}, expected {(len(dt), *shape)}")
     return dt, given, expected

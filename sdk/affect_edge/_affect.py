@@ -55,18 +55,17 @@ class Affect:
 def make_affect(
     manifest: Manifest,
     outputs: Mapping[str, NDArray[np.float32]],
-    row: int,
     timestamp_s: float | None = None,
     track_id: int | None = None,
     box: Box | None = None,
     landmarks: NDArray[np.float32] | None = None,
     audio_missing: bool | None = None,
 ) -> Affect:
-    """One row of a batched step as an Affect; labels come from the manifest."""
+    """The outputs of one stream, () or (labels,) each, as an Affect; labels come from the manifest."""
     values: dict[str, float] = {}
     tables: dict[str, dict[str, float]] = {}
     for output in manifest.outputs:
-        value = outputs[output.name][row]
+        value = outputs[output.name]
         if output.kind == "regression":
             values[output.name] = float(value)
         else:

@@ -146,7 +146,11 @@ class Recognizer:
         outputs, following = self._model.step(inputs, joined, dts)
         missing = None if self.bundle.manifest.audio is None else [a is None for a in audio]
         affects = [
-            make_affect(self.bundle.manifest, outputs, i, audio_missing=None if missing is None else missing[i])
+            make_affect(
+                self.bundle.manifest,
+                {name: values[i] for name, values in outputs.items()},
+                audio_missing=None if missing is None else missing[i],
+            )
             for i in range(count)
         ]
         return affects, following.split(count)

@@ -84,13 +84,12 @@ class Stream:
         outputs, following = self._model.step_features(features, State.stack([t.state for t in tracks]), dts)
         affects = []
         for i, (face, track, state) in enumerate(zip(faces, tracks, following.split(len(faces)), strict=True)):
-            said, smoothed = {name: values[i : i + 1] for name, values in outputs.items()}, track.smoothed
+            said, smoothed = {name: values[i] for name, values in outputs.items()}, track.smoothed
             if self._smoother:
                 since_s = 0.0 if track.seen_s is None else now - track.seen_s
-                rows, smoothed = self._smoother.step({k: v[0] for k, v in said.items()}, smoothed, since_s)
-                said = {k: v[None] for k, v in rows.items()}
+                said, smoothed = self._smoother.step(said, smoothed, since_s)
             self._tracks[face.track_id] = _Track(state, now, smoothed)
-            affects.append(make_affect(manifest, said, 0, now, face.track_id, face.box, face.landmarks))
+            affects.append(make_affect(manifest, said, now, face.track_id, face.box, face.landmarks))
         self._forget(now)
         self.timings |= {"encode": encoded - detected, "step": time.perf_counter() - encoded}
         return affects

@@ -1,6 +1,5 @@
 """Heat maps lie where the model looks, and the command writes one picture or none."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +13,6 @@ from affect_export.gradcam import grad_cam, main
 from affect_export.models.checkpoint import save_model
 from affect_export.models.mamba_fer import MambaFER, MambaFERConfig
 from affect_runtimes.landmarks import neutral_face
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_model(seed: int = 0, image_px: int = 48, mask_sigma: float = 0.125) -> MambaFER:

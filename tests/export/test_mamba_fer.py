@@ -1,6 +1,5 @@
 """Mamba-FER: the stream is the paper's clip, the attention is torch's own, the landmarks steer where it looks."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,14 +15,6 @@ from affect_runtimes.interface import ImageInput, LandmarkInput
 from affect_runtimes.landmarks import REGIONS, neutral_face
 
 WINDOW = 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

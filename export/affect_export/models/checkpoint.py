@@ -20,6 +20,7 @@ from torch import Tensor
 from affect_export.models import find_model, models_with_names_like
 from affect_export.models.base import AffectModel, ModelConfig
 from affect_export.models.public_names import PIXEL_MEAN, PIXEL_STD, from_public, is_public
+from affect_quantize.files import replacing
 from affect_runtimes.errors import AffectError, InputError
 
 __all__ = ["PRESETS", "SHIPPED", "Checkpoint", "load_model", "make_config", "save_model"]
@@ -86,12 +87,8 @@ def save_model(model: AffectModel, path: Path, *, version: str, licence: str = "
         "trained": json.dumps(trained),
         "config": json.dumps(model.config.to_json()),
     }
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with replacing(path) as part:
         save_file(_weights(model), part, metadata=header)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_model(

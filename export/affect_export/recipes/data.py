@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from affect_export.models.student import EXPRESSIONS
 from affect_export.recipes import labels
+from affect_quantize.files import replacing
 from affect_runtimes.errors import AffectError, SourceError
 from affect_runtimes.preprocess import LEFT_EYE, RIGHT_EYE, align_face
 
@@ -292,8 +293,7 @@ def eye_finder(detector: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float
 def _cached(path: Path, make: Any) -> NDArray[np.uint8]:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npy")
-        np.save(part, make())
-        part.replace(path)
+        with replacing(path) as part, part.open("wb") as file:
+            np.save(file, make())
     array: NDArray[np.uint8] = np.load(path)
     return array

@@ -35,7 +35,7 @@ def write_onnx(source: GraphSource, path: Path) -> str | None:
     samples = tuple(torch.zeros(tensor.sized(2)) for tensor in source.inputs)
     batch = torch.export.Dim("batch", min=1, max=1024)
     dynamic = tuple({tensor.batch_axis: batch} for tensor in source.inputs)
-    with _quiet(), torch.no_grad():
+    with _quiet():
         program = torch.onnx.export(
             source.module,
             samples,
