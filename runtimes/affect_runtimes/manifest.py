@@ -35,7 +35,8 @@ from affect_runtimes.interface import (
 
 __all__ = ["SCHEMA", "Clock", "Graph", "Manifest", "to_text"]
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: inputs have a kind, and everything is checked against everything else; 1 was of release 0.1.0."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ROLES = ("encoder", "step")
 _LEAST_INTERVAL_S, _MOST_INTERVAL_S = 1e-6, 86_400.0
@@ -144,7 +145,9 @@ class Manifest:
         raw = parse_object(data, name)
         schema = raw.get("schema")
         if type(schema) is int and schema != SCHEMA:
-            raise BundleError(f"{name}: has schema {shown(schema)}; this release reads schema {SCHEMA}")
+            raise BundleError(
+                f"{name}: has schema {shown(schema)}; this release reads schema {SCHEMA}; export the bundle again"
+            )
         try:
             if to_text(raw).encode() != data:
                 raise IntegrityError("was changed after the export (its digest does not match); export it again")

@@ -135,7 +135,9 @@ class State:
                 at += arrays[name].nbytes
             if at != len(content):
                 raise StateError(f"the saved state has {len(content) - at} bytes too many")
-            return cls(str(header["model"]), arrays, axes, int(header["batch"]))
+            # States of release 0.1.0 leave their number to the arrays.
+            batch = int(header["batch"]) if "batch" in header else None
+            return cls(str(header["model"]), arrays, axes, batch)
         except (KeyError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, StateError):
                 raise

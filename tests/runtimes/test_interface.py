@@ -25,7 +25,7 @@ from affect_runtimes.interface import (
     read_state,
     read_tensor,
 )
-from affect_runtimes.manifest import Manifest, to_text
+from affect_runtimes.manifest import SCHEMA, Manifest, to_text
 
 INPUTS = (
     ImageInput(
@@ -58,7 +58,7 @@ def manifest() -> dict[str, Any]:
         "outputs": described([*(o.tensor for o in OUTPUTS), *following]),
     }
     raw = {
-        "schema": 1,
+        "schema": SCHEMA,
         "model": {"name": "toy", "version": "0", "licence": "none", "weights_sha256": "0" * 64, "trained": False},
         "inputs": [i.to_json() for i in INPUTS],
         "outputs": [o.to_json() for o in OUTPUTS],

@@ -1,5 +1,8 @@
 """State is a value: exact to save, joined and split without a trace, refused where it does not belong."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,3 +131,17 @@ def test_arrays_that_disagree_are_refused() -> None:
         State("m", {"a": np.zeros((1, 2)), "b": np.zeros((2, 2))}, {"a": 0, "b": 0})
     with pytest.raises(StateError, match="name different"):
         State("m", {"a": np.zeros((1, 2))}, {"b": 0})
+
+
+def test_a_state_saved_by_an_earlier_release_goes_on(model: BundleModel) -> None:
+    """Its header does not say how many streams it holds."""
+    state = model.initial_state(2)
+    data = state.to_bytes()[:-32]
+    length = int.from_bytes(data[12:16], "little")
+    header = json.loads(data[16 : 16 + length])
+    assert header.pop("batch") == 2
+    text = json.dumps(header).encode()
+    content = data[:12] + len(text).to_bytes(4, "little") + text + data[16 + length :]
+    restored = State.from_bytes(content + hashlib.sha256(content).digest())
+    assert restored.batch == 2
+    assert_same(restored, state)
