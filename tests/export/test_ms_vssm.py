@@ -229,7 +229,7 @@ def test_what_it_states_survives_a_manifest() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"image_px": 100}, "image_px is 100.*multiple of 32"),
+        ({"image_px": 100}, "image_px is 100.*multiple of 16"),
         ({"image_px": 0}, "image_px is 0"),
         ({"channels": 95}, "channels is 95.*even"),
         ({"depths": (2, 2, 5)}, r"depths is \(2, 2, 5\).*four stages"),

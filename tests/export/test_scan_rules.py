@@ -209,3 +209,24 @@ def test_kernel_serves_the_euler_rule_only(rule: Rule, monkeypatch: pytest.Monke
     x, delta, a, b, c, state = (t.as_subclass(_OnCuda) for t in as_batch(problem(steps=2), torch.float32))
     scan.selective_scan(x, delta, a, b, c, None, state, rule)
     assert called == (["euler"] if rule == "euler" else [])
+
+
+def test_gradients_of_the_loop_are_those_of_its_arithmetic() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64).add(0.1).requires_grad_()
+
+    inputs = (uniform(2, 5, 3), uniform(2, 5, 3), uniform(3, 2), uniform(2, 5, 2), uniform(2, 5, 2), uniform(3))
+
+    def run(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, state: Tensor) -> Any:
+        return scan.selective_scan(x, delta, -a, b, c, skip, state)
+
+    assert torch.autograd.gradcheck(run, (*inputs, uniform(2, 3, 2)))
+
+
+def test_the_scan_is_never_in_half_precision_under_autocast() -> None:
+    x = torch.rand(1, 4, 3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = scan.selective_scan(x, x, -torch.rand(3, 2), x[..., :2], x[..., :2], None, torch.zeros(1, 3, 2))
+    assert y.dtype == state.dtype == torch.float32

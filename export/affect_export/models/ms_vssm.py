@@ -67,7 +67,9 @@ __all__ = ["DSPP", "MSVSSM", "QUADRANTS", "MSVSSMConfig", "VSSBlock"]
 
 QUADRANTS = ("HVHA", "HVLA", "LVHA", "LVLA")
 
-_STEP_DOWN = 32
+# The stem and the three steps between stages each halve, and round up.
+_STEM = 4
+_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class MSVSSMConfig(ModelConfig):
     """Sizes of MS-VSSM.
 
     Attributes:
-        image_px: side of the face crop, a multiple of 32.
+        image_px: side of the face crop, a multiple of 16.
         mean: per channel, on the [0, 1] scale; ImageNet's.
         std: per channel, on the [0, 1] scale; ImageNet's.
         box_growth: added to each side of the face box, as a fraction of the box.
@@ -111,10 +113,9 @@ class MSVSSMConfig(ModelConfig):
     frame_interval_s: float = 1 / 30
 
     def __post_init__(self) -> None:
-        if self.image_px < _STEP_DOWN or self.image_px % _STEP_DOWN:
+        if self.image_px < 2 * _MULTIPLE or self.image_px % _MULTIPLE:
             raise InputError(
-                f"ms-vssm: image_px is {self.image_px}; the stages go down to 1/{_STEP_DOWN} of the picture, "
-                f"so a multiple of {_STEP_DOWN} would work"
+                f"ms-vssm: image_px is {self.image_px}; a multiple of {_MULTIPLE} from {2 * _MULTIPLE} on was expected"
             )
         if self.channels < 2 or self.channels % 2:
             raise InputError(f"ms-vssm: channels is {self.channels}; the stem begins with half of it, so it is even")
@@ -327,6 +328,6 @@ class MSVSSM(AffectModel):
         c = self.config
         total = 0
         for i, (width, depth) in enumerate(zip(c.widths, c.depths, strict=True)):
-            positions = math.prod([c.image_px // (4 * 2**i)] * 2)
+            positions = math.ceil(c.image_px / (_STEM * 2**i)) ** 2
             total += depth * positions * PATHS * int(c.ssm_ratio * width) * (4 * c.d_state + 2)
         return total

@@ -96,16 +96,16 @@ def selective_scan(
     """
     if x.is_cuda and rule == "euler" and (kernel := _cuda_kernel()) is not None:
         return _scan_with_kernel(kernel, x, delta, a, b, c, skip, state)
+    if torch.is_autocast_enabled(x.device.type):
+        # The precision policy holds in training too: the scan is never in half precision.
+        x, delta, b, c = x.float(), delta.float(), b.float(), c.float()
     b, c = _by_channel(b, x.shape[2]), _by_channel(c, x.shape[2])
     decay, drive = _discretise(x, delta, a, b, rule)
     if torch.compiler.is_exporting():
         y, state = _scan_for_export(decay, drive, c, state)
     else:
-        outputs = []
-        for t in range(x.shape[1]):
-            state = decay[:, t] * state + drive[:, t]
-            outputs.append((state * c[:, t]).sum(-1))
-        y = torch.stack(outputs, dim=1)
+        states: Tensor = _Recurrence.apply(decay, drive, state)
+        y, state = (states * c).sum(-1), states[:, -1]
     return (y if skip is None else y + skip * x), state
 
 
@@ -123,6 +123,35 @@ def _by_channel(v: Tensor, channels: int) -> Tensor:
     if v.ndim == 3:
         return v.unsqueeze(2)
     return v.unsqueeze(3).expand(-1, -1, -1, channels // v.shape[2], -1).flatten(2, 3)
+
+
+class _Recurrence(torch.autograd.Function):
+    """All states of h_t = decay_t h_(t-1) + drive_t: (B, T, D, N) twice and (B, D, N) -> (B, T, D, N).
+
+    Its gradient runs the same recurrence backwards, one operation a position; torch's own record of the forward loop
+    costs several, and memory traffic that grows with the square of T where positions are taken by index.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, drive: Tensor, state: Tensor) -> Tensor:
+        states = torch.empty_like(drive)
+        previous = state
+        for t in range(drive.shape[1]):
+            torch.addcmul(drive[:, t], decay[:, t], previous, out=states[:, t])
+            previous = states[:, t]
+        ctx.save_for_backward(decay, states, state)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        decay, states, state = ctx.saved_tensors
+        drive = torch.empty_like(states)
+        following = torch.zeros_like(state)
+        for t in reversed(range(states.shape[1])):
+            torch.add(gradients[0][:, t], following, out=drive[:, t])
+            following = decay[:, t] * drive[:, t]
+        before = torch.cat([state.unsqueeze(1), states[:, :-1]], 1)
+        return drive * before, drive, following
 
 
 def _expm1_ratio(z: Tensor) -> Tensor:
