@@ -5,6 +5,7 @@
 | macro_f1 | independent binary labels           | action units                 |
 | uar      | one class of several, classes equal | expressions, vocal emotion   |
 | war      | one class of several, rows equal    | expressions, vocal emotion   |
+| ece      | the probability of the named class  | calibration                  |
 
 The score of valence and arousal is `affect_runtimes.compare.ccc`, which the device uses too.
 """
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from affect_runtimes.errors import InputError
 
-__all__ = ["macro_f1", "uar", "war"]
+__all__ = ["calibration_error", "confusion", "macro_f1", "reliability", "uar", "war"]
 
 
 def macro_f1(probability: ArrayLike, target: ArrayLike, threshold: float = 0.5) -> float:
@@ -89,6 +90,69 @@ def uar(predicted: ArrayLike, target: ArrayLike) -> float:
     """
     found, there = _classes(predicted, target)
     return float(np.mean([np.mean(found[there == name] == name) for name in np.unique(there)]))
+
+
+def confusion(predicted: ArrayLike, target: ArrayLike, classes: int) -> NDArray[np.int64]:
+    """Counts (classes, classes): row the target, column the prediction.
+
+    Args:
+        predicted: (M,) class indices.
+        target: (M,) class indices.
+        classes: how many there are.
+
+    Raises:
+        InputError: the shapes differ, are not (M,), or hold nothing; an index is outside the classes.
+
+    >>> confusion([0, 1, 1], [0, 0, 1], 2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    found, there = _classes(predicted, target)
+    if min(found.min(), there.min()) < 0 or max(found.max(), there.max()) >= classes:
+        raise InputError(f"class indices must be from 0 to {classes - 1}")
+    return np.bincount(there * classes + found, minlength=classes**2).reshape(classes, classes)
+
+
+def reliability(confidence: ArrayLike, right: ArrayLike, bins: int = 15) -> NDArray[np.float64]:
+    """How often a model is right, by how sure it says it is.
+
+    Args:
+        confidence: (M,) in [0, 1], the probability of the class that was named.
+        right: (M,) in [0, 1], 1 where that class is right; a share of voters is as good.
+        bins: of equal width over [0, 1].
+
+    Returns:
+        (bins, 3): mean confidence, mean of `right`, and share of the rows; the first two are NaN in an empty bin.
+
+    Raises:
+        InputError: the shapes differ, are not (M,), or hold nothing; a value is outside [0, 1].
+    """
+    p, r = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
+    if p.shape != r.shape or p.ndim != 1 or p.size == 0:
+        raise InputError(f"both must be (M,) and hold something: confidence is {p.shape}, right is {r.shape}")
+    if not (
+        np.isfinite(p).all() and np.isfinite(r).all() and 0 <= min(p.min(), r.min()) and max(p.max(), r.max()) <= 1
+    ):
+        raise InputError("confidence and right must be in [0, 1]")
+    # A bin is open below and closed above, so that a sure 1.0 falls into the last.
+    which = np.clip(np.ceil(p * bins).astype(np.int64) - 1, 0, bins - 1)
+    count = np.bincount(which, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(which, v, bins) / count for v in (p, r)]
+    return np.stack([*means, count / len(p)], 1)
+
+
+def calibration_error(confidence: ArrayLike, right: ArrayLike, bins: int = 15) -> float:
+    """Expected calibration error in [0, 1]: the mean over rows of |how sure - how often right| of their bin.
+
+    Args, errors: see `reliability`.
+
+    Source: Guo et al. 2017, "On calibration of modern neural networks".
+
+    >>> round(calibration_error([0.9, 0.9, 0.9, 0.9], [1, 1, 1, 0]), 6)
+    0.15
+    """
+    sure, right_share, share = reliability(confidence, right, bins).T
+    return float(np.nansum(np.abs(sure - right_share) * share))
 
 
 def _classes(predicted: ArrayLike, target: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -184,9 +184,12 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[[str], 
     if bar is None:
         yield lambda words: None
         return
-    task = bar.add_task(label, total=total, completed=done)
+    from rich.markup import escape
+
+    task = bar.add_task(escape(label), total=total, completed=done)
     with bar:
-        yield lambda words: bar.update(task, advance=1, description=f"{label}: {words}")
+        # Escaped, because names of files may hold what looks like markup.
+        yield lambda words: bar.update(task, advance=1, description=escape(f"{label}: {words}"))
 
 
 def _rich_bar() -> Any:

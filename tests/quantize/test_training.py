@@ -1,5 +1,7 @@
 """The training loop: learns, stops where it was told, goes on where it was stopped, and keeps the best."""
 
+import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from affect_quantize.training import TrainingConfig, train
+from affect_quantize.training import TrainingConfig, progress, train
 
 STEPS = 20
 
@@ -76,3 +78,32 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(FloatingPointError, match="bad"):
         train(nn.Linear(3, 1), batches, broken, evaluate, "minus_error", TrainingConfig(1, STEPS), tmp_path)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_drawn_on_a_terminal_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "quiet", 2)
+    quiet = capsys.readouterr()
+    assert quiet.out == quiet.err == ""
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run(tmp_path / "seen", 2)
+    assert "seen: epoch 2 of 2" in terminal.getvalue()
+    with progress("files", 1) as advance:
+        advance("a[/b].png")
+    assert "files: a[/b].png" in terminal.getvalue()
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_goes_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with progress("work", 2) as advance:
+        advance("one")
