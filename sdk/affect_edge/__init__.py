@@ -10,7 +10,7 @@ Errors: see `affect_runtimes.errors`; all derive from `AffectError`.
 """
 
 from affect_edge._affect import Affect
-from affect_edge._faces import Face, FaceDetector, MtcnnDetector
+from affect_edge._faces import AffectFaceDetector, Face, FaceDetector, YuNetDetector
 from affect_edge._recognizer import Recognizer
 from affect_edge._sources import VideoSource, open_source
 from affect_edge._stream import Stream
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Affect",
     "AffectError",
+    "AffectFaceDetector",
     "Audio",
     "BundleError",
     "Face",
@@ -40,7 +41,6 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "MissingDependencyError",
-    "MtcnnDetector",
     "ParityError",
     "Recognizer",
     "SourceError",
@@ -49,6 +49,7 @@ __all__ = [
     "Stream",
     "TrackerSettings",
     "VideoSource",
+    "YuNetDetector",
     "__version__",
     "open_source",
 ]

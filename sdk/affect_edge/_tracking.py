@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from affect_edge._faces import Face, FaceDetector
 from affect_runtimes.errors import InputError
+from affect_runtimes.faces import Face, FaceDetector, box_iou
 
 __all__ = ["FaceTracker", "TrackedFace", "TrackerSettings"]
 
@@ -108,7 +108,7 @@ class FaceTracker:
         """Detections become faces; each takes the number of the followed face that it overlaps best."""
         wanted = [f for f in found if f.box[2] >= self._settings.min_face_px][: self._settings.max_faces]
         pairs = sorted(
-            ((iou(t.box, f.box), i, j) for i, t in enumerate(followed) for j, f in enumerate(wanted)), reverse=True
+            ((box_iou(t.box, f.box), i, j) for i, t in enumerate(followed) for j, f in enumerate(wanted)), reverse=True
         )
         number: dict[int, TrackedFace] = {}
         for overlap, i, j in pairs:
@@ -124,16 +124,6 @@ class FaceTracker:
                 faces.append(TrackedFace(self._next_id, face.box, face.landmarks, face.score))
                 self._next_id += 1
         return faces
-
-
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two (x, y, width, height) boxes, in [0, 1]."""
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    overlap = width * height
-    return overlap / (a[2] * a[3] + b[2] * b[3] - overlap)
 
 
 def _follow(before: NDArray[np.uint8], after: NDArray[np.uint8], face: TrackedFace) -> TrackedFace | None:

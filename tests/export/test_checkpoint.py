@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from affect_export import cli, export, gradcam
-from affect_export.models import MODELS, find_model, models_with_names_like
+from affect_export.models import FACE_MODELS, MODELS, find_model, models_with_names_like
 from affect_export.models.base import AffectModel
 from affect_export.models.checkpoint import load_model, make_config, save_model
 from affect_export.models.mamba_va import MambaVAConfig
@@ -228,7 +228,7 @@ def test_models_are_listed_where_transformers_is_missing(
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert cli.main(["--list-models"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert set(lines) == set(MODELS)
+    assert set(lines) == {*MODELS, *FACE_MODELS}
     assert "pip install 'affect-edge[systems]'" in lines["mamba-va"]
     assert "takes frame" in lines["ms-vssm"]
     assert models_with_names_like(tiny.state_dict()) == ["ms-vssm"]

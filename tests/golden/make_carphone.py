@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from affect_edge import AffectError, MtcnnDetector, SourceError, open_source
+from affect_edge import AffectError, AffectFaceDetector, SourceError, open_source
 from affect_export.parity_data import CROPS_FILE
 from affect_runtimes.preprocess import align_face
 
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("clip", type=Path)
     clip: Path = parser.parse_args().clip
     try:
-        detector = MtcnnDetector(min_face_px=40)
+        detector = AffectFaceDetector()
         with open_source(clip) as video:
             frames = [frame for frame, _ in video]
         found = [detector.detect(frame) for frame in frames]

@@ -377,3 +377,42 @@ def test_a_transform_that_would_fill_the_memory_is_refused() -> None:
     raw = AudioInput("audio", 16000, 2**24, 533, log_mel=LogMel(hop=1, fft=2**16)).to_json()
     with pytest.raises(BundleError, match=r"input 'audio'\.log_mel: hop"):
         read_input(raw)
+
+
+TABLE = {"name": "faces", "kind": "faces", "range": [-1, 2], "shape": [525, 15], "signal": "label"}
+
+
+def test_a_table_of_faces_or_points_is_read_as_it_was_written() -> None:
+    for output in (
+        Output("faces", "faces", (-1.0, 2.0), shape=(525, 15)),
+        Output("landmarks", "points", (-1.0, 2.0), shape=(68, 2)),
+    ):
+        assert read_output(output.to_json()) == output
+        assert output.tensor.sized(3) == (3, *output.shape)
+    assert read_output(TABLE).tensor == Tensor("faces", ("batch", 525, 15), "float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": None}, "shape"),
+        ({"shape": [525, 14]}, "shape: expected .*15"),
+        ({"shape": [0, 15]}, "shape"),
+        ({"shape": [525.0, 15]}, "shape"),
+        ({"shape": [525]}, "shape"),
+        ({"shape": [2**40, 15]}, "shape"),
+        ({"kind": "points"}, r"shape: expected \[rows, 2\]"),
+        ({"kind": "regression"}, "shape: expected none"),
+        ({"labels": ["a"]}, "labels: expected none"),
+    ],
+)
+def test_a_table_of_another_shape_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(BundleError, match=words):
+        read_output(TABLE | change)
+
+
+def test_a_whole_picture_and_a_crop_by_five_points_are_read_as_they_were_written() -> None:
+    picture = ImageInput("picture", 160, (0.5,) * 3, (0.25,) * 3, "picture")
+    assert read_input(picture.to_json()) == picture
+    crop = ImageInput("face", 64, (0.5,) * 3, (0.25,) * 3, "points", 0.2)
+    assert read_input(crop.to_json()) == crop

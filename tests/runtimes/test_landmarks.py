@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from affect_runtimes.errors import InputError
-from affect_runtimes.landmarks import REGIONS, check_landmarks, neutral_face
+from affect_runtimes.landmarks import MIRRORED, REGIONS, check_landmarks, neutral_face
 from affect_runtimes.preprocess import LEFT_EYE, RIGHT_EYE
 
 # Where each landmark goes when the picture is mirrored: common knowledge about the 300-W order, written out by hand.
-MIRRORED = [
+BY_HAND = [
     *range(16, -1, -1),
     *range(26, 16, -1),
     *range(27, 31),
@@ -36,7 +36,7 @@ def test_the_neutral_face_is_its_own_mirror_image() -> None:
     face = neutral_face()
     mirrored = face * (-1, 1) + (LEFT_EYE[0] + RIGHT_EYE[0], 0)
     # float32 of numbers near 1
-    np.testing.assert_allclose(mirrored[MIRRORED], face, atol=1e-6)
+    np.testing.assert_allclose(mirrored[BY_HAND], face, atol=1e-6)
 
 
 def test_the_neutral_face_is_a_face() -> None:
@@ -77,3 +77,20 @@ def test_fractions_pass_as_float32_even_a_little_outside() -> None:
 def test_landmarks_that_are_none_are_refused(points: object, words: str) -> None:
     with pytest.raises(InputError, match=words):
         check_landmarks(points)
+
+
+def test_the_mirror_swaps_sides_and_is_its_own_inverse() -> None:
+    order = np.array(MIRRORED)
+    assert (
+        list(MIRRORED) == list(BY_HAND)
+        and sorted(MIRRORED) == list(range(68))
+        and (order[order] == np.arange(68)).all()
+    )
+    swapped = {"jaw": "jaw", "left_brow": "right_brow", "nose": "nose", "left_eye": "right_eye"}
+    swapped |= {"outer_mouth": "outer_mouth", "inner_mouth": "inner_mouth"}
+    for here, there in swapped.items():
+        assert {MIRRORED[i] for i in REGIONS[here]} == set(REGIONS[there])
+    face = neutral_face()
+    mirrored = face[order].copy()
+    mirrored[:, 0] = 1 - mirrored[:, 0]
+    np.testing.assert_allclose(mirrored, face, atol=1e-6)  # the neutral face is symmetric

@@ -15,6 +15,7 @@ Frame = NDArray[np.uint8]
 PUBLIC = {
     "Affect",
     "AffectError",
+    "AffectFaceDetector",
     "Audio",
     "BundleError",
     "Face",
@@ -22,7 +23,6 @@ PUBLIC = {
     "InputError",
     "IntegrityError",
     "MissingDependencyError",
-    "MtcnnDetector",
     "ParityError",
     "Recognizer",
     "SourceError",
@@ -31,6 +31,7 @@ PUBLIC = {
     "Stream",
     "TrackerSettings",
     "VideoSource",
+    "YuNetDetector",
     "__version__",
     "open_source",
 }

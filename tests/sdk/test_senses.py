@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from affect_edge import Audio, InputError, Recognizer
+from affect_edge import AffectFaceDetector, Audio, Face, InputError, Recognizer
 from affect_edge._tracking import TrackedFace
 from affect_export.export import export_model
 from affect_export.models.base import AffectModel, ModelConfig, Tensors
@@ -19,8 +19,9 @@ from affect_export.models.checkpoint import Checkpoint
 from affect_export.targets import TARGETS
 from affect_runtimes.interface import AudioInput, ImageInput, Input, LandmarkInput, LogMel, Output, StateTensor
 from affect_runtimes.interface import Tensor as Described
-from affect_runtimes.landmarks import neutral_face
+from affect_runtimes.landmarks import REGIONS, neutral_face
 from affect_runtimes.manifest import Clock
+from affect_runtimes.preprocess import LEFT_EYE, RIGHT_EYE, align_face
 
 CPU = TARGETS["cpu"]
 RATE_HZ = 8000
@@ -28,9 +29,10 @@ RATE_HZ = 8000
 
 @dataclass(frozen=True)
 class ToyConfig(ModelConfig):
-    """`senses`: also landmarks and optional sound; otherwise a face box, without memory, smoothed."""
+    """`senses`: also landmarks and, with `sound`, optional sound; otherwise a face box, without memory, smoothed."""
 
     senses: bool = True
+    sound: bool = True
 
 
 class Toy(AffectModel):
@@ -51,6 +53,8 @@ class Toy(AffectModel):
         frame = ImageInput("frame", 16, (0.5,) * 3, (0.25,) * 3, "eyes" if self.config.senses else "box", 0.2)
         if not self.config.senses:
             return (frame,)
+        if not self.config.sound:
+            return (frame, LandmarkInput("landmarks"))
         mel = LogMel(bins=8, frame=200, hop=80, fft=256, high_hz=RATE_HZ / 2)
         return (frame, LandmarkInput("landmarks"), AudioInput("audio", RATE_HZ, 800, 267, optional=True, log_mel=mel))
 
@@ -71,6 +75,9 @@ class Toy(AffectModel):
         picture = inputs["frame"].mean((1, 2, 3))
         if not self.config.senses:
             return {"seen": picture.unsqueeze(1).expand(-1, 3) * 1.0}
+        if not self.config.sound:
+            # The mouth's height alone, so that a test can tell whose landmarks these are.
+            return {"seen": torch.stack([picture * 0, inputs["landmarks"][:, 48:, 1].mean(1), picture * 0], 1)}
         loud = inputs["waveform"].abs().mean(1) + inputs["log_mel"].mean((1, 2)) * 0.01
         present = inputs["audio_present"]
         return {"seen": torch.stack([picture, inputs["landmarks"].mean((1, 2)), present * loud + (1 - present)], 1)}
@@ -95,8 +102,8 @@ class Toy(AffectModel):
         return {"quadrant": torch.stack(said, 1)}, carried
 
 
-def recognizer_of(senses: bool, folder: Path) -> Recognizer:
-    model = Toy(ToyConfig(senses)).eval()
+def recognizer_of(senses: bool, folder: Path, sound: bool = True) -> Recognizer:
+    model = Toy(ToyConfig(senses, sound)).eval()
     model.randomise_(3)
     checkpoint = Checkpoint(model, "toy", "0", "Apache-2.0", False, "0" * 64, "")
     export_model(checkpoint, CPU, folder / "toy", bounds=CPU.bounds, parity_steps=4)
@@ -182,3 +189,44 @@ def test_a_stream_cuts_boxes_and_smooths_a_model_without_memory(
     assert abs(steps[0]) > 1e-3
     # Each step leaves the same share of what is left of the way: exp(-(1/30) / 0.5).
     np.testing.assert_allclose(steps[1:] / steps[:-1], np.exp(-1 / 15), rtol=1e-3)
+
+
+class OneFace:
+    """A detector that knows where the one face is."""
+
+    def __init__(self, face: Face) -> None:
+        self.face = face
+
+    def detect(self, frame: NDArray[np.uint8]) -> list[Face]:
+        return [self.face]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_stream_gives_a_model_its_landmarks(
+    own: bool, carphone: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recognizer = recognizer_of(True, tmp_path, sound=False)
+    detector = AffectFaceDetector()
+    (face,) = detector.detect(carphone[0])
+    # The network of our own detector, or the shipped one where another detector has none.
+    stream = recognizer.stream(detector if own else OneFace(face))
+    given: list[NDArray[np.float32]] = []
+    encode = stream._model.encode
+
+    def watched(seen: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        given.append(seen["landmarks"])
+        return encode(seen)
+
+    monkeypatch.setattr(stream._model, "encode", watched)
+    (affect,) = stream.step(carphone[0], 0.0)
+    assert affect.quadrant in ("HVHA", "HVLA", "LVHA", "LVLA") and affect.landmarks is not None
+    (points,) = given[0]
+    assert points.shape == (68, 2) and points.dtype == np.float32
+    # As fractions of the crop that is aligned by the eyes: they lie where the alignment puts them.
+    for region, eye in (("left_eye", LEFT_EYE), ("right_eye", RIGHT_EYE)):
+        assert np.hypot(*(points[list(REGIONS[region])].mean(0) - eye)) < 0.05
+    assert 0.6 < points[48:, 1].mean() < 1.0
+    # What the step itself makes of the same crop and points.
+    crop = align_face(carphone[0], affect.landmarks[:2], 16)
+    expected, _ = recognizer.step(crop, recognizer.initial_state(), landmarks=points)
+    assert expected.quadrant == affect.quadrant

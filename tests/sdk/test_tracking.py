@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from affect_edge import Face, InputError, MtcnnDetector, TrackerSettings
-from affect_edge._tracking import FaceTracker, iou
+from affect_edge import AffectFaceDetector, Face, InputError, TrackerSettings
+from affect_edge._tracking import FaceTracker
+from affect_runtimes.faces import box_iou
 
 Frames = NDArray[np.uint8]
 
@@ -43,7 +44,7 @@ def play(tracker: FaceTracker, frames: Sequence[Frames] | Frames) -> list[list[i
 
 
 def test_a_real_face_keeps_its_number_and_its_eyes(carphone: Frames) -> None:
-    detector = MtcnnDetector()
+    detector = AffectFaceDetector()
     tracker = FaceTracker(detector)
     errors, steps = [], []
     for i, frame in enumerate(carphone):
@@ -70,7 +71,7 @@ def test_a_moving_face_is_followed_between_detections() -> None:
         (tracked,) = tracker.update(np.ascontiguousarray(wide[:, 2 * i : 2 * i + 160]), i / 30)
         wanted = face(60 - 2 * i, 40)
         assert np.abs(tracked.landmarks - wanted.landmarks).max() < 1.0
-        assert iou(tracked.box, wanted.box) > 0.9
+        assert box_iou(tracked.box, wanted.box) > 0.9
     assert script.calls == 1
 
 
@@ -162,18 +163,3 @@ def test_a_returned_list_is_the_callers_own() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="found"):
         TrackerSettings(**settings)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "wanted"),
-    [
-        ((0, 0, 10, 10), (0, 0, 10, 10), 1.0),
-        ((0, 0, 10, 10), (5, 0, 10, 10), 1 / 3),
-        ((0, 0, 10, 10), (10, 0, 10, 10), 0.0),
-        ((0, 0, 10, 10), (20, 20, 5, 5), 0.0),
-        ((0, 0, 10, 10), (2, 2, 5, 5), 0.25),
-    ],
-)
-def test_iou(a: tuple[float, float, float, float], b: tuple[float, float, float, float], wanted: float) -> None:
-    assert iou(a, b) == pytest.approx(wanted)
-    assert iou(b, a) == pytest.approx(wanted)

@@ -11,7 +11,7 @@ from affect_runtimes.errors import InputError, MissingDependencyError
 if TYPE_CHECKING:
     from affect_export.models.base import AffectModel
 
-__all__ = ["MODELS", "find_model", "models_with_names_like"]
+__all__ = ["FACE_MODELS", "MODELS", "find_model", "models_with_names_like"]
 
 MODELS = {
     "student": "affect_export.models.student:Student",
@@ -23,6 +23,12 @@ MODELS = {
 }
 """Model name -> where its class is; imported only when it is wanted."""
 
+FACE_MODELS = {
+    "face": "affect_export.models.face:FaceNet",
+    "face-landmarks": "affect_export.models.face:FaceLandmarks",
+}
+"""The same for what finds the faces that the others look at: exported alike, but they say nothing of affect."""
+
 
 def find_model(name: str) -> "type[AffectModel]":
     """The class of a model.
@@ -30,11 +36,12 @@ def find_model(name: str) -> "type[AffectModel]":
     Raises:
         InputError: unknown; the message has the closest names.
     """
-    if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3)
+    every = MODELS | FACE_MODELS
+    if name not in every:
+        close = difflib.get_close_matches(name, every, n=3, cutoff=0.3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise InputError(f"unknown model {name!r}; {hint}known: {', '.join(MODELS)}")
-    module, attribute = MODELS[name].split(":")
+        raise InputError(f"unknown model {name!r}; {hint}known: {', '.join(every)}")
+    module, attribute = every[name].split(":")
     found: type[AffectModel] = getattr(importlib.import_module(module), attribute)
     return found
 
