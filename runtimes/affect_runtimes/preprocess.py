@@ -234,6 +234,18 @@ def letterbox(frame: NDArray[np.uint8], size: int) -> tuple[NDArray[np.uint8], N
     height, width = picture.shape[:2]
     ratio = size / max(height, width)
     inner = (max(1, round(width * ratio)), max(1, round(height * ratio)))
+    factor = int(1 / ratio)
+    if factor >= 2 and min(height, width) >= factor:
+        # By a whole factor first, which takes a third of the time; up to `factor` - 1 pixels of each side are left out.
+        picture = np.asarray(
+            cv2.resize(
+                picture[: height // factor * factor, : width // factor * factor],
+                (width // factor, height // factor),
+                interpolation=cv2.INTER_AREA,
+            ),
+            np.uint8,
+        )
+        height, width = height // factor * factor, width // factor * factor
     method = cv2.INTER_AREA if ratio < 1.0 else cv2.INTER_LINEAR
     square = np.full((size, size, 3), _PADDING, np.uint8)
     square[: inner[1], : inner[0]] = cv2.resize(picture, inner, interpolation=method)
@@ -244,18 +256,31 @@ def _warp(picture: NDArray[np.uint8], matrix: NDArray[np.float64], size: int) ->
     """crop = matrix @ (x, y, 1), (size, size, 3); parts outside the picture repeat its edge."""
     import cv2
 
-    # Bilinear sampling aliases when a large face shrinks: average first. INTER_AREA on the whole frame would cost more
-    # than a blur, so the picture is reduced by a whole factor only where the face is over twice the crop's scale.
-    factor = int(1.0 / np.hypot(matrix[0, 0], matrix[0, 1]))
+    # Bilinear sampling aliases when a large face shrinks: average first, by a whole factor (which OpenCV does quickly),
+    # where the face is over twice the crop's scale; and only what the crop will show.
+    factor = min(int(1.0 / np.hypot(matrix[0, 0], matrix[0, 1])), *picture.shape[:2])
     if factor >= 2:
-        height, width = picture.shape[:2]
-        small = (max(1, width // factor), max(1, height // factor))
-        picture = np.asarray(cv2.resize(picture, small, interpolation=cv2.INTER_AREA), np.uint8)
-        ratio = np.array([width / small[0], height / small[1]])
-        # x_frame = (x_small + 0.5) * ratio - 0.5
-        matrix = np.column_stack([matrix[:, :2] * ratio, matrix[:, 2] + matrix[:, :2] @ (ratio * 0.5 - 0.5)])
+        low, high = _seen(picture, matrix, size, factor)
+        part = picture[low[1] : high[1], low[0] : high[0]]
+        small = (part.shape[1] // factor, part.shape[0] // factor)
+        picture = np.asarray(cv2.resize(part, small, interpolation=cv2.INTER_AREA), np.uint8)
+        # x_frame = low + (x_small + 0.5) * factor - 0.5
+        matrix = np.column_stack([matrix[:, :2] * factor, matrix[:, 2] + matrix[:, :2] @ (low + factor * 0.5 - 0.5)])
     crop = cv2.warpAffine(picture, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(crop, np.uint8)
+
+
+def _seen(
+    picture: NDArray[np.uint8], matrix: NDArray[np.float64], size: int, factor: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The part of the picture that a crop shows, as two corners (x, y), its sides multiples of `factor`."""
+    limit = np.array(picture.shape[1::-1])
+    corners = np.array([[-1, -1], [size, -1], [-1, size], [size, size]], np.float64) - matrix[:, 2]
+    places = np.linalg.solve(matrix[:, :2], corners.T).T
+    # Two reduced pixels more on each side, for the interpolation. A crop beside the picture shows its edge.
+    low = np.clip(np.floor(places.min(0)) - 2 * factor, 0, limit - factor).astype(np.int64) // factor * factor
+    high = np.clip(np.ceil(places.max(0)) + 2 * factor, low + factor, limit).astype(np.int64)
+    return low, low + np.maximum((high - low) // factor, 1) * factor
 
 
 def crop_box(

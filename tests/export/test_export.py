@@ -65,7 +65,7 @@ def _sabotaged(change: str) -> Target:
             elif change == "scan":
                 model.get_parameter("blocks.0.A_log").fill_(5.0)
             elif change == "normalisation":
-                model.get_parameter("encoder.stages.0.0.weight").mul_(1.1)
+                model.get_parameter("encoder.stem.0.weight").mul_(1.1)
         try:
             return CPU.builder(sources, folder)
         finally:

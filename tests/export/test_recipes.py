@@ -1,7 +1,7 @@
 """The recipe's arithmetic on small made data; the real data is not needed."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from affect_export.models.student import ACTION_UNITS, EXPRESSIONS, Student, Stu
 from affect_export.recipes import data, labels, sequences, student
 from affect_export.recipes.augment import Augmentation, crop_batch, plain
 from affect_export.recipes.data import Faces
+from affect_export.recipes.soft_labels import SoftLabels, taught
 from affect_export.recipes.targets import Targets, multi_task_loss
 from affect_runtimes.errors import AffectError, SourceError
 
@@ -69,18 +70,18 @@ def test_plain_crops_are_what_the_device_cuts() -> None:
     rng = np.random.default_rng(0)
     frame = np.repeat(np.repeat(rng.integers(0, 255, (12, 12, 3), np.uint8), 20, 0), 20, 1)
     eyes = np.array([[95.0, 100.0], [145.0, 110.0]])
-    config = StudentConfig()
+    view = student.view_of(StudentConfig())
     wide = align_face(frame, eyes, data.MARGIN_PX, data.MARGIN)
-    training = plain(torch.from_numpy(wide[None]), True, config).numpy()
-    device = normalise(align_face(frame, eyes)[None].astype(np.float32), config.mean, config.std)
+    training = plain(torch.from_numpy(wide[None]), True, view).numpy()
+    device = normalise(align_face(frame, eyes)[None].astype(np.float32), view.mean, view.std)
     assert np.abs(training - device).mean() < 0.02
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augmented_crops_are_finite_and_reproducible(channels: int) -> None:
     images = torch.randint(0, 255, (6, 48, 48, channels), dtype=torch.uint8)
-    config = StudentConfig.tiny()
-    runs = [crop_batch(images, False, config, Augmentation(), torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    view = student.view_of(StudentConfig.tiny())
+    runs = [crop_batch(images, False, view, Augmentation(), torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert runs[0].shape == (6, 3, 112, 112) and bool(torch.isfinite(runs[0]).all())
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
@@ -96,6 +97,7 @@ def faces(n: int, *, voted: bool) -> Faces:
         weight,
         labels.valence_arousal(distribution, np.ones(n, np.float32)),
         weight,
+        np.ones(n, np.float32),
         rng.random((n, len(ACTION_UNITS)), np.float32),
         rng.random(n, np.float32),
         np.ones(n, np.float32),
@@ -115,23 +117,65 @@ def test_targets_of_weight_zero_teach_nothing() -> None:
     assert gradient is not None and float(gradient.abs().max()) == 0.0
     units = tensors["action_units"].grad
     assert units is not None and float(units.abs().max()) > 0.0
-    said = {"expression": torch.randn(6, 1, 8), "valence_arousal": torch.randn(6, 1, 2)}
-    taught = targets.with_pseudo(slice(2, None), said)
-    assert taught.expression_weight.tolist() == [0, 0] + [0.5] * 6
-    torch.testing.assert_close(taught.expression[2:], torch.softmax(said["expression"][:6, 0], -1))
-    torch.testing.assert_close(taught.valence_arousal[3], torch.tanh(said["valence_arousal"][1, 0]))
-    assert torch.equal(taught.expression[:2], targets.expression[:2])
 
 
-def test_smoothing_is_two_sided_and_skips_unusable_frames() -> None:
-    values = torch.zeros(21, 1)
-    values[10] = 1.0
-    ok = torch.ones(21, dtype=torch.bool)
-    smoothed = sequences.smooth(values, ok, 2.0)
-    torch.testing.assert_close(smoothed, smoothed.flip(0))
-    assert float(smoothed[10]) < 0.3
-    ok[10] = False
-    assert float(sequences.smooth(values, ok, 2.0).abs().max()) == 0.0
+def test_the_teachers_word_takes_its_share() -> None:
+    voted, unlabelled, said = faces(6, voted=True), faces(6, voted=False), np.eye(8, dtype=np.float32)[[1] * 6]
+    mixed = taught(voted, said, 0.6)
+    np.testing.assert_allclose(mixed.expression, 0.4 * voted.expression + 0.6 * said, atol=1e-6)
+    np.testing.assert_allclose(mixed.valence_arousal, mixed.expression @ labels.CIRCUMPLEX, atol=1e-6)
+    alone = taught(unlabelled, said, 0.6)
+    np.testing.assert_array_equal(alone.expression, said)
+    assert alone.expression_weight.tolist() == alone.valence_arousal_weight.tolist() == [1.0] * 6
+    with pytest.raises(AffectError, match="5 faces, the data has 6"):
+        taught(voted, said[:5], 0.6)
+
+
+def test_mixed_targets_are_between_both_rows() -> None:
+    targets = Targets.of(faces(4, voted=True), np.arange(4))
+    mixed = targets.mixed(torch.tensor([1, 0, 3, 2]), 0.25)
+    torch.testing.assert_close(mixed.expression[0], 0.25 * targets.expression[0] + 0.75 * targets.expression[1])
+    torch.testing.assert_close(mixed.eye_closure[3], 0.25 * targets.eye_closure[3] + 0.75 * targets.eye_closure[2])
+
+
+def test_soft_labels_survive_their_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.dirichlet(np.ones(8), n).astype(np.float32) for n in (5, 3, 2)]
+    SoftLabels(rows[0], rows[1], {"a/clip.mp4": rows[2]}, {"wide": {"majority": 0.5}}).save(tmp_path / "said.npz")
+    said = SoftLabels.load(tmp_path / "said.npz")
+    assert said.teachers == {"wide": {"majority": 0.5}}
+    for stored, wanted in zip((said.ferplus, said.photographs, said.clips["a/clip.mp4"]), rows, strict=True):
+        np.testing.assert_allclose(stored, wanted, atol=5 / 255)
+        np.testing.assert_allclose(stored.sum(1), 1, atol=1e-6)
+    (tmp_path / "other.npz").write_bytes(b"")
+    for name, reason in (("none.npz", "affect-train-teachers"), ("other.npz", "not a file of soft labels")):
+        with pytest.raises(AffectError, match=reason):
+            SoftLabels.load(tmp_path / name)
+
+
+def clip(name: str, frames: int = 40) -> data.Clip:
+    rng = np.random.default_rng(frames)
+    return data.Clip(
+        name,
+        rng.integers(0, 255, (frames, data.MARGIN_PX, data.MARGIN_PX, 3), np.uint8),
+        np.ones(frames, np.float32),
+        rng.random((frames, len(ACTION_UNITS)), np.float32),
+        rng.random(frames, np.float32),
+        np.ones(frames, bool),
+        30.0,
+    )
+
+
+def test_the_target_of_a_clip_sees_the_future_and_skips_unusable_frames() -> None:
+    moving, said = clip("talking.mp4", 41), np.eye(8, dtype=np.float32)[[0] * 41]
+    said[20] = np.eye(8)[1]
+    targets = sequences.smoothed_targets(moving, said)
+    torch.testing.assert_close(targets.expression, targets.expression.flip(0))
+    assert 0 < float(targets.expression[18, 1]) < float(targets.expression[20, 1]) < 0.3
+    assert float(targets.valence_arousal[20, 0]) > 0
+    moving.ok[20] = False
+    unseen = sequences.smoothed_targets(moving, said)
+    assert float(unseen.expression[:, 1].abs().max()) == 0.0 and unseen.expression_weight[20] == 0
 
 
 def test_the_public_csv_layout_is_read(tmp_path: Path) -> None:
@@ -159,6 +203,19 @@ def test_missing_data_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert code == 1 and "fer2013" in capsys.readouterr().err
 
 
+def sources() -> student.Sources:
+    """Random pictures and teachers' words; two clips, of which one is held out."""
+    clips = [clip(name) for name in ("talking.mp4", "jeelizWeboji.mp4")]
+    fer, photographs = faces(24, voted=True), faces(16, voted=False)
+    said = SoftLabels(
+        fer.expression,
+        photographs.expression,
+        {c.name: np.full((len(c.images), 8), 1 / 8, np.float32) for c in clips},
+        {"mean": {"majority": 0.5, "plurality": 0.5, "uar": 0.5}},
+    )
+    return student.Sources((fer, fer), photographs, clips, said)
+
+
 def test_both_stages_run_end_to_end_and_leave_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random pictures: nothing is learned, everything is exercised."""
     from affect_export.models.checkpoint import load_model
@@ -166,29 +223,17 @@ def test_both_stages_run_end_to_end_and_leave_a_checkpoint(tmp_path: Path, monke
     monkeypatch.setattr(sequences, "BATCHES", 2)
     monkeypatch.setattr(sequences, "BATCH_STILLS", 4)
     monkeypatch.setattr(sequences, "BATCH_CLIPS", 2)
-    rng = np.random.default_rng(0)
-    clips = [
-        data.Clip(
-            name,
-            rng.integers(0, 255, (40, data.MARGIN_PX, data.MARGIN_PX, 3), np.uint8),
-            rng.random((40, len(ACTION_UNITS)), np.float32),
-            rng.random(40, np.float32),
-            np.ones(40, bool),
-            30.0,
-        )
-        for name in ("talking.mp4", "jeelizWeboji.mp4")
-    ]
-    fer = faces(24, voted=True)
-    sources = student.Sources((fer, fer), faces(16, voted=False), clips)
+    made = sources()
     recipe = student.Recipe(
-        epochs=2, batch_fer=8, batch_photographs=4, batch_clips=2, pseudo_from_epoch=1, sequence_epochs=1
+        epochs=2, small_epochs=1, small_px=48, batch_fer=8, batch_photographs=4, mixup=1.0, sequence_epochs=1
     )
-    table = student.build(sources, recipe, StudentConfig.tiny(), tmp_path)
+    table = student.build(made, recipe, StudentConfig.tiny(), tmp_path)
     loaded = load_model("student", tmp_path / "student.safetensors")
     assert loaded.trained and isinstance(loaded.model, Student)
-    assert table["ferplus_validation_as_published"]["majority_count"] == int(fer.validation.sum())
+    assert table["ferplus_validation_as_published"]["majority_count"] == int(made.fer[0].validation.sum())
     assert "# Student" in (tmp_path / "MODEL_CARD.md").read_text()
     assert table["clips_validation"]["clips"] == 1
+    assert (tmp_path / "confusion.png").stat().st_size > 0 and (tmp_path / "reliability.png").stat().st_size > 0
 
 
 def test_the_shipped_card_says_what_training_measured() -> None:
@@ -198,3 +243,19 @@ def test_the_shipped_card_says_what_training_measured() -> None:
     record = json.loads(SHIPPED.with_name("training.json").read_text())
     assert SHIPPED.with_name("MODEL_CARD.md").read_text() == student_card(student.VERSION, record["table"])
     assert record["recipe"] == asdict(student.Recipe())  # the weights were made by the recipe as it stands
+
+
+def test_a_narrow_mamba_va_learns_from_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random pictures: nothing is learned, everything is exercised."""
+    from affect_export.models.checkpoint import load_model
+    from affect_export.models.mamba_va import MambaVA, MambaVAConfig
+    from affect_export.recipes import mamba_va
+
+    for name, value in {"TEMPORAL_EPOCHS": 1, "WINDOW": 12, "WINDOWS": 2, "BATCHES": 2, "VIEWS": 2}.items():
+        monkeypatch.setattr(mamba_va, name, value)
+    config = replace(MambaVAConfig.tiny(), mean=(0.5,) * 3, std=(0.25,) * 3)
+    recipe = student.Recipe(epochs=1, batch_fer=8, batch_photographs=4)
+    table = mamba_va.build(sources(), config, recipe, tmp_path)
+    loaded = load_model("mamba-va", tmp_path / "mamba-va.safetensors")
+    assert loaded.trained and isinstance(loaded.model, MambaVA) and loaded.model.config == config
+    assert table["held_out_clips"] == 1 and -1 <= table["valence_ccc"] <= 1

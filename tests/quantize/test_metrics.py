@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import accuracy_score, f1_score, recall_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
+from torchmetrics.functional.classification import binary_calibration_error
 from torchmetrics.functional.regression import concordance_corrcoef
 
 from affect_quantize import metrics
-from affect_quantize.metrics import macro_f1, uar, war
+from affect_quantize.metrics import calibration_error, confusion, macro_f1, reliability, uar, war
 from affect_runtimes.compare import ccc
 from affect_runtimes.errors import InputError
 
@@ -75,6 +76,35 @@ def test_ccc_is_torchmetrics(seed: int) -> None:
     assert ccc(x, y) == pytest.approx(float(repeated), rel=5e-5)
     x, y = x - x.mean(), y - y.mean()
     assert ccc(x, y) == pytest.approx(float(concordance_corrcoef(torch.from_numpy(x), torch.from_numpy(y))), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_confusion_is_scikit_learns(seed: int) -> None:
+    predicted, target = classes(seed)
+    count = int(max(predicted.max(), target.max())) + 1
+    expected = confusion_matrix(target, predicted, labels=range(count))
+    np.testing.assert_array_equal(confusion(predicted, target, count), expected)
+    with pytest.raises(InputError, match=f"0 to {count - 2}"):
+        confusion(predicted, target, count - 1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_calibration_error_is_torchmetrics(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    # Of a binary classifier torchmetrics takes the probability of the one class, whether it is named or not.
+    said = rng.random(int(rng.integers(1, 300)))
+    target = (rng.random(len(said)) < said**2).astype(np.int64)
+    expected = binary_calibration_error(torch.from_numpy(said), torch.from_numpy(target), n_bins=15)
+    assert calibration_error(said, target) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_reliability_bins_and_refuses() -> None:
+    table = reliability([0.0, 0.5, 0.5, 1.0], [0.0, 0.2, 0.6, 1.0], bins=2)
+    np.testing.assert_allclose(table, [[1 / 3, 0.8 / 3, 0.75], [1.0, 1.0, 0.25]])
+    assert np.isnan(reliability([0.9], [1.0], bins=2)[0, 0]) and calibration_error([0.9], [1.0]) == pytest.approx(0.1)
+    for confidence, right in (([0.5], [0.5, 0.5]), ([], []), ([1.5], [1]), ([0.5], [-1]), ([np.nan], [1])):
+        with pytest.raises(InputError):
+            reliability(confidence, right)
 
 
 def test_hand_worked() -> None:

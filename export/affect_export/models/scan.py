@@ -104,7 +104,7 @@ def selective_scan(
     if torch.compiler.is_exporting():
         y, state = _scan_for_export(decay, drive, c, state)
     else:
-        states: Tensor = _Recurrence.apply(decay, drive, state)
+        states: Tensor = _Recurrence.apply(decay, drive, state)  # type: ignore[no-untyped-call]
         y, state = (states * c).sum(-1), states[:, -1]
     return (y if skip is None else y + skip * x), state
 

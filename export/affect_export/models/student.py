@@ -1,7 +1,8 @@
 """The shipped student: a small convolutional frame encoder, a Mamba head over time, and one linear head an output.
 
-The encoder has plain 3x3 convolutions, ReLU and no squeeze-and-excite, because it is made to be quantized to INT8. Its
-input is a 112x112 face crop aligned by the eyes (`affect_runtimes.preprocess.align_face`).
+The encoder has plain convolutions, ReLU and no squeeze-and-excite, because it is made to be quantized to INT8. Its
+input is a 112x112 face crop aligned by the eyes (`affect_runtimes.preprocess.align_face`). Most of it has the shape of
+dlib's face recognition network, so that training can start from there (`recipes.teachers.start_from`).
 
 Outputs, all bounded inside the model so that every engine returns the same kind of number:
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from affect_export.models.base import AffectModel, ModelConfig, Tensors
 from affect_export.models.mamba import Mamba, MambaConfig, through_blocks
+from affect_runtimes.errors import InputError
 from affect_runtimes.interface import ImageInput, Input, Output, StateTensor
 from affect_runtimes.interface import Tensor as Described
 from affect_runtimes.manifest import Clock
@@ -36,12 +38,13 @@ class StudentConfig(ModelConfig):
     """Sizes of the student.
 
     Attributes:
-        image_px: side of the aligned face crop.
+        image_px: side of the aligned face crop, a multiple of 16.
         mean: per-channel mean on the [0, 1] scale.
         std: per-channel standard deviation on the [0, 1] scale.
-        stem: channels of the two stride-2 convolutions in front (112 -> 56 -> 28 pixels).
-        widths: channels of the stages at 28, 14 and 7 pixels; the first equals the stem's last.
-        depths: residual blocks in each stage.
+        widths: channels of the stem (7x7 convolution and pool, 112 -> 28 pixels) and first stage, and of the stages at
+            14 and 7 pixels.
+        depths: residual blocks in each stage; the first of the second and third steps down.
+        top: channels of the last convolution (7 -> 4 pixels), over whose positions the mean is taken.
         d_model: width of the frame feature and of the Mamba blocks.
         d_state: N of the selective scan.
         d_conv: K, frames of the short convolution.
@@ -53,9 +56,9 @@ class StudentConfig(ModelConfig):
     image_px: int = 112
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
-    stem: tuple[int, int] = (16, 32)
     widths: tuple[int, int, int] = (32, 64, 128)
-    depths: tuple[int, int, int] = (1, 2, 3)
+    depths: tuple[int, int, int] = (3, 4, 3)
+    top: int = 256
     d_model: int = 128
     d_state: int = 8
     d_conv: int = 4
@@ -67,28 +70,35 @@ class StudentConfig(ModelConfig):
     mamba: MambaConfig = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.image_px < 32 or self.image_px % 16:
+            raise InputError(f"student: image_px is {self.image_px}; a multiple of 16 from 32 on was expected")
         object.__setattr__(self, "mamba", MambaConfig(self.d_model, self.d_state, self.d_conv))
 
     @classmethod
     def tiny(cls) -> "StudentConfig":
         """A preset for tests: the same graph with under 50,000 parameters."""
-        return cls(stem=(4, 8), widths=(8, 12, 16), depths=(1, 1, 1), d_model=16, d_state=4)
+        return cls(widths=(8, 12, 16), depths=(1, 1, 1), top=24, d_model=16, d_state=4)
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-    )
+def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, relu: bool = True) -> nn.Sequential:
+    layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs)]
+    return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
 
 
-class _Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
+class Residual(nn.Module):
+    """Two 3x3 convolutions and a shortcut; with `outputs` other than `inputs` a step down to half the side."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.first = _conv(channels, channels)
-        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
+        down = inputs != outputs
+        self.first = _conv(inputs, outputs, stride=2 if down else 1)
+        self.second = _conv(outputs, outputs, relu=False)
+        self.shortcut = (
+            nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(inputs, outputs, 1, bias=False)) if down else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.second(self.first(x)))
+        return torch.relu(self.shortcut(x) + self.second(self.first(x)))
 
 
 class FrameEncoder(nn.Module):
@@ -96,20 +106,21 @@ class FrameEncoder(nn.Module):
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
-        modules: list[nn.Module] = [_conv(3, config.stem[0], 2), _conv(config.stem[0], config.stem[1], 2)]
-        inputs = config.stem[1]
+        inputs = config.widths[0]
+        self.stem = _conv(3, inputs, 7, 2)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        blocks = []
         for width, depth in zip(config.widths, config.depths, strict=True):
-            if modules[2:]:
-                modules.append(_conv(inputs, width, 2))
-            modules += [_Residual(width) for _ in range(depth)]
-            inputs = width
-        modules.append(_conv(inputs, 2 * inputs))
-        self.stages = nn.Sequential(*modules)
-        self.project = nn.Linear(2 * inputs, config.d_model)
+            for _ in range(depth):
+                blocks.append(Residual(inputs, width))
+                inputs = width
+        self.blocks = nn.Sequential(*blocks)
+        self.top = _conv(inputs, config.top, stride=2)
+        self.project = nn.Linear(config.top, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, frames: Tensor) -> Tensor:
-        pooled = self.stages(frames).mean((2, 3))
+        pooled = self.top(self.blocks(self.pool(self.stem(frames)))).mean((2, 3))
         features: Tensor = self.project(self.dropout(pooled))
         return features
 

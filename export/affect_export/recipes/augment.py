@@ -7,10 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from affect_export.models.student import StudentConfig
 from affect_export.recipes.data import MARGIN
 
-__all__ = ["Augmentation", "crop_batch", "plain"]
+__all__ = ["Augmentation", "View", "crop_batch", "grey_small", "plain"]
+
+
+_LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a net wants to see: side in pixels, mean and deviation on the [0, 1] scale."""
+
+    image_px: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
 
 
 @dataclass(frozen=True)
@@ -40,17 +51,25 @@ class Augmentation:
     erase: float = 0.25
 
 
-def plain(images: Tensor, aligned: bool, config: StudentConfig) -> Tensor:
-    """The crop that a device would see, without any change: (B, S, S, C) uint8 -> (B, 3, image_px, image_px)."""
-    batch = images.shape[0]
-    theta = _theta(torch.zeros(batch), torch.ones(batch), torch.zeros(batch, 2), torch.ones(batch), aligned)
-    return _normalise(_sample(images, theta, config.image_px).expand(-1, 3, -1, -1), config)
+def plain(images: Tensor, aligned: bool, view: View, zoom: float = 1.0) -> Tensor:
+    """The crop that a device would see, or its middle: (B, S, S, C) uint8 -> (B, 3, image_px, image_px)."""
+    theta = _theta(*_still(images.shape[0], zoom), aligned)
+    return _normalise(_sample(images, theta, view.image_px).expand(-1, 3, -1, -1), view)
+
+
+def grey_small(images: Tensor) -> Tensor:
+    """Colour margin crops as FER+ would show them: (B, S, S, 3) uint8 -> (B, 48, 48, 1) uint8, grey, no margin."""
+    theta = _theta(*_still(len(images)), True)
+    x = _sample(images, theta, 96)
+    grey = (x * x.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    small = F.interpolate(grey, size=(48, 48), mode="bilinear", antialias=True, align_corners=False)
+    return (small * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def crop_batch(
     images: Tensor,
     aligned: bool,
-    config: StudentConfig,
+    view: View,
     augmentation: Augmentation,
     generator: torch.Generator,
     shared: bool = False,
@@ -60,7 +79,7 @@ def crop_batch(
     Args:
         images: (B, S, S, C) uint8; margin crops where `aligned`.
         aligned: see `recipes.data.Faces`.
-        config: image size and normalisation.
+        view: image size and normalisation.
         augmentation: limits.
         generator: the source of randomness.
         shared: the batch is one clip: one move and one change for all frames, and a small tremble for each.
@@ -82,22 +101,26 @@ def crop_batch(
     if shared:
         shift = shift + torch.randn(batch, 2, generator=generator) * 0.01
         angle = angle + torch.randn(batch, generator=generator) * 0.01
-    x = _sample(images, _theta(angle, zoom, shift, flip, aligned), config.image_px)
+    x = _sample(images, _theta(angle, zoom, shift, flip, aligned), view.image_px)
     if torch.rand((), generator=generator) < a.lowres:
-        side = int(torch.randint(36, config.image_px, (), generator=generator))
+        side = int(torch.randint(min(36, view.image_px * 3 // 4), view.image_px, (), generator=generator))
         small = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
         x = F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
     if x.shape[1] == 3:
-        grey = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        grey = (x * x.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
         x = torch.where(chance(a.grey, 1, 1, 1), grey, x)
-    x = x.expand(-1, 3, -1, -1)
     contrast, bright = 1 + uniform(1, 1, 1) * a.light, uniform(1, 1, 1) * a.light * 0.5
     middle = x.mean((1, 2, 3), keepdim=True)
+    # One draw for all channels: draws are what this function waits for.
+    noise = torch.randn(batch, 1, *x.shape[2:], generator=generator)
+    x = (x - middle) * contrast + (middle + bright) + noise * (uniform(1, 1, 1).abs() * a.noise)
     # Greys keep a common cast (half of the draws), so that colour itself tells the model nothing about the source.
-    gains = 1 + uniform(3, 1, 1) * a.colour * chance(0.5, 1, 1, 1)
-    x = ((x - middle) * contrast + middle + bright) * gains
-    x = x + torch.randn(x.shape, generator=generator) * (uniform(1, 1, 1).abs() * a.noise)
-    return _erase(_normalise(x.clamp(0, 1), config), a.erase, generator, draws)
+    x = x * (1 + uniform(3, 1, 1) * a.colour * chance(0.5, 1, 1, 1))
+    return _erase(_normalise(x.clamp_(0, 1), view), a.erase, generator, draws)
+
+
+def _still(batch: int, zoom: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.zeros(batch), torch.full((batch,), zoom), torch.zeros(batch, 2), torch.ones(batch)
 
 
 def _theta(angle: Tensor, zoom: Tensor, shift: Tensor, flip: Tensor, aligned: bool) -> Tensor:
@@ -113,8 +136,8 @@ def _sample(images: Tensor, theta: Tensor, side: int) -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _normalise(x: Tensor, config: StudentConfig) -> Tensor:
-    return (x - x.new_tensor(config.mean).view(1, 3, 1, 1)) / x.new_tensor(config.std).view(1, 3, 1, 1)
+def _normalise(x: Tensor, view: View) -> Tensor:
+    return (x - x.new_tensor(view.mean).view(1, 3, 1, 1)) / x.new_tensor(view.std).view(1, 3, 1, 1)
 
 
 def _erase(x: Tensor, probability: float, generator: torch.Generator, draws: int) -> Tensor:

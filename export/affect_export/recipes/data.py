@@ -53,6 +53,7 @@ class Faces:
         aligned: whether `images` are margin crops.
         expression: (N, 8) distribution, expression_weight: (N,).
         valence_arousal: (N, 2) proxy, valence_arousal_weight: (N,).
+        intensity: (N,) in [0, 1], how much the face moves; the proxy scales with it.
         action_units: (N, 11), eye_closure: (N,), both with blendshape_weight: (N,).
         votes: (N, 10) for FER+, else empty.
         validation: (N,) bool.
@@ -64,6 +65,7 @@ class Faces:
     expression_weight: NDArray[np.float32]
     valence_arousal: NDArray[np.float32]
     valence_arousal_weight: NDArray[np.float32]
+    intensity: NDArray[np.float32]
     action_units: NDArray[np.float32]
     eye_closure: NDArray[np.float32]
     blendshape_weight: NDArray[np.float32]
@@ -80,6 +82,7 @@ class Clip:
 
     name: str
     images: NDArray[np.uint8]
+    intensity: NDArray[np.float32]
     action_units: NDArray[np.float32]
     eye_closure: NDArray[np.float32]
     ok: NDArray[np.bool_]
@@ -100,6 +103,7 @@ def load_ferplus(path: Path, detector: Path, cache: Path) -> tuple[Faces, Faces]
             named,
             labels.valence_arousal(distribution, intensity),
             named,
+            intensity,
             labels.action_units(blendshapes, names),
             labels.eye_closure(blendshapes, names),
             ok.astype(np.float32),
@@ -190,6 +194,7 @@ def load_photographs(folder: Path, cache: Path) -> Faces:
         np.where(index >= 0, 0.3, 0.0).astype(np.float32),
         np.zeros((len(keep), 2), np.float32),
         zeros,
+        labels.expressiveness(blendshapes, names),
         labels.action_units(blendshapes, names),
         labels.eye_closure(blendshapes, names),
         np.ones(len(keep), np.float32),
@@ -234,6 +239,7 @@ def load_clips(folder: Path, detector: Path, cache: Path) -> list[Clip]:
             Clip(
                 str(name),
                 images,
+                labels.expressiveness(blendshapes, names),
                 labels.action_units(blendshapes, names),
                 labels.eye_closure(blendshapes, names),
                 ok,

@@ -1,7 +1,7 @@
 """Targets of a batch and the loss over all the student's outputs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -37,26 +37,9 @@ class Targets:
         """Parts one after another along the first axis."""
         return cls(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)})
 
-    def with_pseudo(self, rows: slice, said: dict[str, Tensor], weight: float = 0.5) -> "Targets":
-        """Another model's word (logits with a time axis of 1) as the target of rows that nobody voted on.
-
-        A volunteer's label, where there is one, keeps a share of the expression target by its own weight.
-        """
-        spoken = torch.softmax(said["expression"][:, 0], -1)
-        labelled = self.expression_weight[rows].unsqueeze(-1)
-        expression, weights = self.expression.clone(), self.expression_weight.clone()
-        expression[rows] = (weight * spoken + labelled * self.expression[rows]) / (weight + labelled)
-        weights[rows] = weight
-        position, position_weights = self.valence_arousal.clone(), self.valence_arousal_weight.clone()
-        position[rows] = torch.tanh(said["valence_arousal"][:, 0])
-        position_weights[rows] = weight
-        return replace(
-            self,
-            expression=expression,
-            expression_weight=weights,
-            valence_arousal=position,
-            valence_arousal_weight=position_weights,
-        )
+    def mixed(self, other: Tensor, share: float) -> "Targets":
+        """Each row's targets and weights mixed with those of row `other`, `share` to its own."""
+        return Targets(**{n: share * v + (1 - share) * v[other] for n, v in vars(self).items()})
 
 
 def multi_task_loss(logits: dict[str, Tensor], targets: Targets) -> dict[str, Tensor]:
@@ -68,7 +51,8 @@ def multi_task_loss(logits: dict[str, Tensor], targets: Targets) -> dict[str, Te
 
     Returns:
         One scalar an output. Valence and arousal take CCC and squared error together: CCC alone leaves the scale of a
-        small batch loose.
+        small batch loose. Action units take CCC and cross-entropy: units that move little (AU15, AU24) hardly count in
+        the entropy, and all alike in the CCC.
     """
     position = torch.tanh(logits["valence_arousal"]).flatten(0, -2)
     wanted, weight = targets.valence_arousal.flatten(0, -2), targets.valence_arousal_weight.flatten()
@@ -76,10 +60,14 @@ def multi_task_loss(logits: dict[str, Tensor], targets: Targets) -> dict[str, Te
     concordance = torch.stack([ccc_loss(position[:, i], wanted[:, i], weight) for i in range(2)]).mean()
     shapes = targets.blendshape_weight
     units = F.binary_cross_entropy_with_logits(logits["action_units"], targets.action_units, reduction="none").mean(-1)
+    moved, shown = torch.sigmoid(logits["action_units"]).flatten(0, -2), targets.action_units.flatten(0, -2)
+    agreement = torch.stack(
+        [ccc_loss(moved[:, i], shown[:, i], shapes.flatten()) for i in range(moved.shape[1])]
+    ).mean()
     eyes = F.binary_cross_entropy_with_logits(logits["eye_closure"].squeeze(-1), targets.eye_closure, reduction="none")
     return {
         "expression": soft_cross_entropy(logits["expression"], targets.expression, targets.expression_weight),
         "valence_arousal": 0.3 * concordance + (squared * weight).sum() / weight.sum().clamp_min(1e-6),
-        "action_units": 2.0 * (units * shapes).sum() / shapes.sum().clamp_min(1e-6),
+        "action_units": 0.3 * agreement + 2.0 * (units * shapes).sum() / shapes.sum().clamp_min(1e-6),
         "eye_closure": 0.5 * (eyes * shapes).sum() / shapes.sum().clamp_min(1e-6),
     }
