@@ -106,7 +106,8 @@ def _train_encoder(model: MambaVA, sources: student.Sources, recipe: student.Rec
 
     def evaluate(candidate: nn.Module) -> dict[str, float]:
         view = View(model.config.image_px, shown.mean, shown.std)
-        parts = [candidate(plain(torch.from_numpy(fer.images[r]), False, view)) for r in np.array_split(rows, 16)]
+        chunks = [rows[start : start + 256] for start in range(0, len(rows), 256)]
+        parts = [candidate(plain(torch.from_numpy(fer.images[r]), False, view)) for r in chunks]
         position = torch.cat([p[1] for p in parts]).numpy()
         seen = fer.valence_arousal_weight[rows] > 0
         found = [ccc(fer.valence_arousal[rows][seen, i], position[seen, i]) for i in range(2)]
