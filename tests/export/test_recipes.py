@@ -259,3 +259,15 @@ def test_a_narrow_mamba_va_learns_from_the_same_data(tmp_path: Path, monkeypatch
     loaded = load_model("mamba-va", tmp_path / "mamba-va.safetensors")
     assert loaded.trained and isinstance(loaded.model, MambaVA) and loaded.model.config == config
     assert table["held_out_clips"] == 1 and -1 <= table["valence_ccc"] <= 1
+
+
+def test_the_narrow_mamba_va_is_trained_and_its_card_says_what_was_measured() -> None:
+    from affect_export.models.checkpoint import SHIPPED, load_model
+    from affect_export.recipes import mamba_va
+
+    folder = SHIPPED.parent / "mamba-va-narrow"
+    loaded = load_model("mamba-va", folder / "mamba-va.safetensors")
+    assert loaded.trained and loaded.model.config == mamba_va.NARROW
+    table = json.loads((folder / "training.json").read_text())
+    assert (folder / "MODEL_CARD.md").read_text() == mamba_va.card(table)
+    assert table["parameters"] == sum(p.numel() for p in loaded.model.parameters())
