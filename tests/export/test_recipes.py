@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from affect_export.models.student import ACTION_UNITS, EXPRESSIONS, Student, StudentConfig
-from affect_export.recipes import data, labels, sequences, student
-from affect_export.recipes.augment import Augmentation, crop_batch, plain
+from affect_export.recipes import data, labels, motion, ms_vssm, sequences, student, teachers
+from affect_export.recipes.augment import Augmentation, View, crop_batch, plain
 from affect_export.recipes.data import Faces
 from affect_export.recipes.soft_labels import SoftLabels, taught
 from affect_export.recipes.targets import Targets, multi_task_loss
+from affect_quantize.distill import two_sided
 from affect_runtimes.errors import AffectError, SourceError
 
 
@@ -153,7 +154,7 @@ def test_soft_labels_survive_their_file(tmp_path: Path) -> None:
             SoftLabels.load(tmp_path / name)
 
 
-def clip(name: str, frames: int = 40) -> data.Clip:
+def clip(name: str, frames: int = 48) -> data.Clip:
     rng = np.random.default_rng(frames)
     return data.Clip(
         name,
@@ -221,12 +222,8 @@ def test_both_stages_run_end_to_end_and_leave_a_checkpoint(tmp_path: Path, monke
     from affect_export.models.checkpoint import load_model
 
     monkeypatch.setattr(sequences, "BATCHES", 2)
-    monkeypatch.setattr(sequences, "BATCH_STILLS", 4)
-    monkeypatch.setattr(sequences, "BATCH_CLIPS", 2)
     made = sources()
-    recipe = student.Recipe(
-        epochs=2, small_epochs=1, small_px=48, batch_fer=8, batch_photographs=4, mixup=1.0, sequence_epochs=1
-    )
+    recipe = student.Recipe(epochs=2, batch_fer=8, batch_photographs=4, mixup=1.0, sequence_epochs=1)
     table = student.build(made, recipe, StudentConfig.tiny(), tmp_path)
     loaded = load_model("student", tmp_path / "student.safetensors")
     assert loaded.trained and isinstance(loaded.model, Student)
@@ -234,6 +231,56 @@ def test_both_stages_run_end_to_end_and_leave_a_checkpoint(tmp_path: Path, monke
     assert "# Student" in (tmp_path / "MODEL_CARD.md").read_text()
     assert table["clips_validation"]["clips"] == 1
     assert (tmp_path / "confusion.png").stat().st_size > 0 and (tmp_path / "reliability.png").stat().st_size > 0
+
+
+def test_stages_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures teach encoder and heads, with blocks that add nothing; clips teach the blocks and nothing else."""
+    monkeypatch.setattr(sequences, "BATCHES", 2)
+    made, model = sources(), Student(StudentConfig.tiny())
+    recipe = student.Recipe(epochs=1, batch_fer=8, batch_photographs=4, sequence_epochs=1)
+    student.train_images(model, made, recipe, tmp_path / "images")
+    features = torch.randn(2, 5, model.config.d_model)
+    along = model.logits_features(features)["expression"]
+    alone = model.logits_features(features.view(10, 1, -1))["expression"].view(2, 5, -1)
+    torch.testing.assert_close(along, alone)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sequences.build(model, made, recipe, tmp_path / "sequences")
+    assert all(p.requires_grad for p in model.parameters())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith(("blocks.", "norms.")) for name in changed)
+    assert any(name.endswith("out_proj.weight") for name in changed)
+
+
+def test_a_clip_comes_apart_into_face_course_and_noise() -> None:
+    features = torch.randn(60, 3).cumsum(0)
+    ok = torch.ones(60, dtype=torch.bool)
+    taken = motion.of_clip(features, ok, 30.0)
+    torch.testing.assert_close(taken.course.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    face = features - taken.course - taken.noise
+    torch.testing.assert_close(face, face[:1].expand(60, -1))
+    assert float(taken.noise.std()) < 0.5 * float(taken.course.std())
+
+
+def test_made_motion_is_a_face_a_course_and_noise() -> None:
+    course = torch.linspace(-1, 1, 100).unsqueeze(1).expand(-1, 2)
+    motions = [motion.Motion(course, torch.full((100, 2), 0.25), 15.0)]
+    faces = torch.full((5, 2), 10.0)
+    clean, noisy, dt = motion.crossed(faces, motions, 6, 20, np.random.default_rng(0))
+    assert clean.shape == noisy.shape == (6, 20, 2) and dt.shape == (6, 20)
+    assert set(dt.unique().tolist()) <= {2.0, 4.0, 6.0}  # every, every second or third frame of 15 a second
+    assert float((clean - 10).abs().max()) <= 1.5 and float((clean[:, -1] - clean[:, 0]).abs().min()) > 0
+    added = noisy - clean
+    assert 0.125 <= float(added.min()) and float(added.max()) <= 0.375
+    torch.testing.assert_close(added, added[:, :1].expand(-1, 20, -1))
+    again = motion.crossed(faces, motions, 6, 20, np.random.default_rng(0))
+    torch.testing.assert_close(noisy, again[1])
+
+
+def test_smoothing_a_batch_is_smoothing_each() -> None:
+    values, ok = torch.randn(2, 40, 3), torch.ones(40, dtype=torch.bool)
+    found = motion.smoothed(values, torch.tensor([2.0, 5.0]))
+    torch.testing.assert_close(found[0], two_sided(values[0], ok, 2.0), atol=2e-3, rtol=0)
+    torch.testing.assert_close(found[1], two_sided(values[1], ok, 5.0), atol=2e-3, rtol=0)
 
 
 def test_the_shipped_card_says_what_training_measured() -> None:
@@ -271,3 +318,37 @@ def test_the_narrow_mamba_va_is_trained_and_its_card_says_what_was_measured() ->
     table = json.loads((folder / "training.json").read_text())
     assert (folder / "MODEL_CARD.md").read_text() == mamba_va.card(table)
     assert table["parameters"] == sum(p.numel() for p in loaded.model.parameters())
+
+
+def test_teachers_are_compared_alone_and_together() -> None:
+    fer = faces(16, voted=True)
+    nets: dict[str, torch.nn.Module] = {"wide": teachers.WideResNet((8, 12), 1), "ms-vssm": ms_vssm.VSSMTeacher()}
+    figures = teachers.compare(nets, (fer, fer))
+    assert list(figures) == ["wide", "ms-vssm", "mean of the first 2"]
+    images = torch.from_numpy(fer.images[fer.validation])
+    said = [teachers.expressions(nets[n], images, False, teachers.TEACHERS[n]).numpy() for n in nets]
+    assert figures["mean of the first 2"] == teachers.score((said[0] + said[1]) / 2, fer.votes[fer.validation])
+
+
+def test_the_narrow_ms_vssm_leaves_its_second_head_behind(tmp_path: Path) -> None:
+    from affect_export.models.checkpoint import load_model
+
+    teacher, view = ms_vssm.VSSMTeacher(), View(48)
+    fer = faces(8, voted=True)
+    figures = ms_vssm.keep(teacher, fer, view, tmp_path / "narrow")
+    loaded = load_model("ms-vssm", tmp_path / "narrow" / "ms-vssm.safetensors")
+    assert loaded.trained and loaded.model.config == ms_vssm.VSSMTeacher.CONFIG
+    assert figures["expression_count"] == 2 >= figures["quadrant_count"]
+    for name, value in teacher.model.state_dict().items():
+        torch.testing.assert_close(loaded.model.state_dict()[name], value)
+
+
+def test_the_narrow_ms_vssm_is_trained_and_its_card_says_what_was_measured() -> None:
+    from affect_export.models.checkpoint import SHIPPED, load_model
+
+    folder = SHIPPED.parent / "ms-vssm-narrow"
+    loaded = load_model("ms-vssm", folder / "ms-vssm.safetensors")
+    assert loaded.trained and loaded.model.config == ms_vssm.VSSMTeacher.CONFIG
+    figures = json.loads((folder / "training.json").read_text())
+    assert (folder / "MODEL_CARD.md").read_text() == ms_vssm.card(figures)
+    assert figures["parameters"] == sum(p.numel() for p in loaded.model.parameters())

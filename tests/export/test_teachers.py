@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from affect_export.models.student import Student, StudentConfig
-from affect_export.recipes import teachers
+from affect_export.recipes import ms_vssm, teachers
 from affect_export.recipes.teachers import FaceResNet, Lite0, WideResNet
 from affect_runtimes.errors import AffectError
 
@@ -127,7 +127,7 @@ def test_lite0_keeps_what_is_frozen_while_it_learns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["wide", "ms-vssm"])
 def test_teachers_take_their_own_view(name: str) -> None:
     px = teachers.TEACHERS[name].view.image_px
-    net = (WideResNet((8, 12), 1) if name == "wide" else teachers.VSSMTeacher()).eval()
+    net = (WideResNet((8, 12), 1) if name == "wide" else ms_vssm.VSSMTeacher()).eval()
     images = torch.randint(0, 255, (3, 48, 48, 1), dtype=torch.uint8)
     said = teachers.expressions(net, images, False, teachers.TEACHERS[name], bf16=False)
     assert px == 48 and said.shape == (3, 8)
@@ -138,4 +138,4 @@ def test_teachers_take_their_own_view(name: str) -> None:
 
 def test_quadrants_of_votes() -> None:
     votes = np.eye(8, dtype=np.float32)[[0, 1, 3, 4]]
-    assert teachers.quadrants(votes).tolist() == [[0.25] * 4, [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
+    assert ms_vssm.quadrants(votes).tolist() == [[0.25] * 4, [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]

@@ -197,7 +197,7 @@ class Student(AffectModel):
     ) -> tuple[Tensors, Tensors]:
         """`forward` from encoded frames: `features` (B, T, d_model)."""
         hidden, following = self._hidden_sequence(features["features"], state, dt)
-        return self._activate(self._logits(hidden)), following
+        return self.activate(self._logits(hidden)), following
 
     def logits_features(self, features: Tensor, dt: Tensor | None = None) -> Tensors:
         """What training needs: encoded frames (B, T, d_model) from a fresh state, before softmax, tanh and sigmoid."""
@@ -208,7 +208,7 @@ class Student(AffectModel):
     ) -> tuple[Tensors, Tensors]:
         """`step` from encoded frames: `features` (B, d_model)."""
         x, following = through_blocks(self.blocks, self.norms, features["features"], state, dt)
-        return self._activate(self._logits(x)), following
+        return self.activate(self._logits(x)), following
 
     def _hidden_sequence(
         self, x: Tensor, state: Mapping[str, Tensor] | None, dt: Tensor | None
@@ -220,7 +220,8 @@ class Student(AffectModel):
         hidden = self.norm(hidden)
         return {name: head(hidden) for name, head in self.heads.items()}
 
-    def _activate(self, logits: Tensors) -> Tensors:
+    def activate(self, logits: Mapping[str, Tensor]) -> Tensors:
+        """Logits of `logits_features` -> outputs."""
         valence, arousal = torch.tanh(logits["valence_arousal"]).unbind(-1)
         return {
             "expression": torch.softmax(logits["expression"], -1),

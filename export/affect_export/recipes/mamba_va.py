@@ -81,7 +81,7 @@ def build(sources: student.Sources, config: MambaVAConfig, recipe: student.Recip
     """
     torch.manual_seed(recipe.seed)
     model = MambaVA(config)
-    figures = _train_encoder(model, sources, replace(recipe, small_epochs=0), output / "encoder")
+    figures = _train_encoder(model, sources, recipe, output / "encoder")
     figures |= _train_temporal(model, sources, recipe.seed, output / "temporal")
     save_model(model, output / "mamba-va.safetensors", version=VERSION, trained=True)
     table = figures | {"parameters": float(sum(p.numel() for p in model.parameters()))}

@@ -1,19 +1,24 @@
-"""The sequence stage: Mamba blocks and heads learn time on stored features of the frozen encoder.
+"""The sequence stage: the Mamba blocks learn time on stored features of the frozen encoder.
 
-Two kinds of sequence:
+They begin idle: what the model says of a frame is what the image stage taught it, and they learn what to add to that
+from the frames before. Three kinds of sequence:
 
 - stills: one to three people a sequence; every frame is another augmented view of the same picture, the target stays.
   The head learns to hold a judgement through noise and to let go of it when the face changes.
 - clips: real faces in motion. The target is the teachers' frame-wise word, smoothed both ways (seeing the future):
-  expression, the valence/arousal proxy that follows from it, and the blendshapes' action units and eye closure.
+  expression, the valence/arousal proxy that follows from it, and the blendshapes' action units and eye closure; a
+  share of it is the model's own frame-wise word, smoothed likewise.
+- made motion (`recipes.motion`): strangers that move as the clips do. The target is the model's own frame-wise word on
+  the course without its noise, smoothed both ways.
 
 Frame-rate jitter: clips are read with strides of one to three frames, stills with random intervals; dt says so, which
 is what lets one bundle follow cameras of different rates.
 """
 
+import copy
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from affect_export.models.student import Student
-from affect_export.recipes import labels
+from affect_export.recipes import labels, motion
 from affect_export.recipes.augment import Augmentation, crop_batch, plain
 from affect_export.recipes.data import Clip, Faces
 from affect_export.recipes.targets import Targets, multi_task_loss
@@ -37,9 +42,15 @@ __all__ = ["Moving", "Stored", "encode_clips", "encode_stills", "held_out", "sou
 
 _log = logging.getLogger("affect_edge.training")
 
-STEPS = 32
-BATCH_STILLS, BATCH_CLIPS = 40, 40
+STEPS = 40
+BATCH_STILLS, BATCH_CLIPS, BATCH_MADE = 4, 8, 16
 BATCHES = 100
+LEARNING_RATE = 3e-3
+# How much more the first frame of a sequence counts for the expression: a face that just appeared has only that one.
+FIRST = 8.0
+# Of the model's own word in the targets of the clips: what it can learn of time without learning who is in them.
+OWN = 0.3
+TRAINED = ("blocks", "norms")
 VIEWS_STILLS, VIEWS_CLIPS = 4, 4
 # Widths of the two-sided windows: an expression lasts half a second and more, a blink a tenth.
 SMOOTHING_S, SMOOTHING_EYES_S = 0.25, 0.05
@@ -112,6 +123,23 @@ def build(model: Student, sources: "Sources", recipe: "Recipe", folder: Path) ->
         return _score_clips(model, validation)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Stills first, then clips, then made motion, along the first axis of features (B, T, d) and dt (B, T).
+
+    Attributes:
+        stills: their targets.
+        wanted: (B - stills, T, outputs) for the others, in the order of `_beside`.
+        usable: (B - stills, T), 0 where a clip shows no face.
+    """
+
+    features: Tensor
+    dt: Tensor
+    stills: Targets
+    wanted: Tensor
+    usable: Tensor
+
+
 def train_head(
     model: Student,
     stills: list[Stored],
@@ -122,26 +150,76 @@ def train_head(
     seed: int,
     folder: Path,
 ) -> None:
-    """Trains everything but the encoder on stored features, in place."""
+    """Trains the Mamba blocks and their norms on stored features, in place."""
+    frame_wise = copy.deepcopy(model).eval()
+    lessons = [_lesson(frame_wise, clip) for clip in clips]
+    spread = torch.cat([wanted[torch.from_numpy(c.ok)] for c, wanted in zip(clips, lessons, strict=True)]).var(0) + 1e-3
+    motions = [motion.of_clip(c.views[0], torch.from_numpy(c.ok), c.fps) for c in clips]
 
-    def loss(candidate: nn.Module, _averaged: nn.Module, batch: tuple[Tensor, Tensor, Targets]) -> dict[str, Tensor]:
+    def loss(candidate: nn.Module, _averaged: nn.Module, batch: _Batch) -> dict[str, Tensor]:
         assert isinstance(candidate, Student)
-        features, dt, targets = batch
-        return multi_task_loss(candidate.logits_features(features, dt), targets)
+        logits, count = candidate.logits_features(batch.features, batch.dt), len(batch.stills.expression)
+        weight = batch.stills.expression_weight.clone()
+        weight[:, 0] *= FIRST
+        still = {name: value[:count] for name, value in logits.items()}
+        terms = multi_task_loss(still, replace(batch.stills, expression_weight=weight))
+        said = _beside(candidate.activate({name: value[count:] for name, value in logits.items()}))
+        errors = ((said - batch.wanted) ** 2 / spread).mean(-1) * batch.usable
+        moving, made = errors.split([BATCH_CLIPS, BATCH_MADE])
+        return terms | {"clips": moving.mean(), "made": made.mean()}
 
-    for parameter in model.encoder.parameters():
+    trained = [p for part in TRAINED for p in getattr(model, part).parameters()]
+    for parameter in model.parameters():
         parameter.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     train(
         model,
-        lambda epoch: _batches(stills, clips, seed * 1000 + epoch),
+        lambda epoch: _batches(frame_wise, stills, clips, lessons, motions, seed * 1000 + epoch),
         loss,
         evaluate,
         monitor,
-        TrainingConfig(epochs, BATCHES, 1e-3, weight_decay=0.02, ema_decay=0.99),
+        TrainingConfig(epochs, BATCHES, LEARNING_RATE, weight_decay=0.02, warmup=0.1, ema_decay=0.99),
         folder,
     )
-    for parameter in model.encoder.parameters():
+    for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def _beside(outputs: Mapping[str, Tensor]) -> Tensor:
+    """All outputs (..., T) and (..., T, n) in one tensor: valence, arousal, eyes, action units, expression."""
+    single = torch.stack([outputs["valence"], outputs["arousal"], outputs["eye_closure"]], -1)
+    return torch.cat([single, outputs["action_units"], outputs["expression"]], -1)
+
+
+_EYES = 2  # the column of eye closure in `_beside`
+
+
+@torch.no_grad()
+def _word(model: Student, features: Tensor) -> Tensor:
+    """What a model says of each of some frames (B, T, d) by itself: (B, T, outputs)."""
+    outputs, _ = model.forward_features({"features": features.flatten(0, 1).unsqueeze(1)})
+    said = _beside({name: value[:, 0] for name, value in outputs.items()})
+    return said.view(*features.shape[:2], -1)
+
+
+def _lesson(frame_wise: Student, clip: Moving) -> Tensor:
+    """(T, outputs): the clip's targets with the model's own smoothed word mixed in."""
+    t, ok = clip.targets, torch.from_numpy(clip.ok)
+    valence, arousal = t.valence_arousal.unbind(-1)
+    teachers = _beside(
+        {
+            "valence": valence,
+            "arousal": arousal,
+            "eye_closure": t.eye_closure,
+            "action_units": t.action_units,
+            "expression": t.expression,
+        }
+    )
+    word = _word(frame_wise, clip.views[:1])[0]
+    own = two_sided(word, ok, SMOOTHING_S * clip.fps)
+    own[:, _EYES] = two_sided(word[:, _EYES : _EYES + 1], ok, SMOOTHING_EYES_S * clip.fps)[:, 0]
+    return (1 - OWN) * teachers + OWN * own
 
 
 def encode_stills(model: Student, sources: "Sources", seed: int) -> list[Stored]:
@@ -215,16 +293,33 @@ def smoothed_targets(clip: Clip, said: np.ndarray) -> Targets:
     )
 
 
-def _batches(stills: list[Stored], clips: list[Moving], seed: int) -> Iterator[tuple[Tensor, Tensor, Targets]]:
+def _batches(
+    frame_wise: Student,
+    stills: list[Stored],
+    clips: list[Moving],
+    lessons: list[Tensor],
+    motions: list[motion.Motion],
+    seed: int,
+) -> Iterator[_Batch]:
     rng = np.random.default_rng(seed)
     sizes = np.array([f.views.shape[1] for f in stills])
-    lengths = np.array([f.views.shape[1] for f in clips])
-    chances = np.sqrt(lengths) / np.sqrt(lengths).sum()
+    chances = np.sqrt([f.views.shape[1] for f in clips])
+    chances /= chances.sum()
+    faces = torch.cat([source.views[0] for source in stills])
     for _ in range(BATCHES):
-        rows = [_still_sequence(stills, sizes, rng) for _ in range(BATCH_STILLS)]
-        rows += [_clip_sequence(clips[k], rng) for k in rng.choice(len(clips), BATCH_CLIPS, p=chances)]
-        features, dt, targets = zip(*rows, strict=True)
-        yield torch.stack(features), torch.stack(dt), _stack(targets)
+        still = [_still_sequence(stills, sizes, rng) for _ in range(BATCH_STILLS)]
+        moving = [_clip_sequence(clips[k], lessons[k], rng) for k in rng.choice(len(clips), BATCH_CLIPS, p=chances)]
+        course, noisy, dt = motion.crossed(faces, motions, BATCH_MADE, STEPS, rng)
+        word = _word(frame_wise, course)
+        made = motion.smoothed(word, SMOOTHING_S * 30 / dt[:, 0])
+        made[..., _EYES] = motion.smoothed(word[..., _EYES : _EYES + 1], SMOOTHING_EYES_S * 30 / dt[:, 0])[..., 0]
+        yield _Batch(
+            torch.cat([torch.stack([s[0] for s in still]), torch.stack([m[0] for m in moving]), noisy]),
+            torch.cat([torch.stack([s[1] for s in still]), torch.stack([m[1] for m in moving]), dt]),
+            _stack(tuple(s[2] for s in still)),
+            torch.cat([torch.stack([m[2] for m in moving]), made]),
+            torch.cat([torch.stack([m[3] for m in moving]), torch.ones(BATCH_MADE, STEPS)]),
+        )
 
 
 def _still_sequence(
@@ -246,15 +341,17 @@ def _still_sequence(
     return torch.cat(features), dt, Targets.join(targets)
 
 
-def _clip_sequence(clip: Moving, rng: np.random.Generator) -> tuple[Tensor, Tensor, Targets]:
+def _clip_sequence(clip: Moving, wanted: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features, dt, targets and usable frames, forwards or backwards: the targets saw the future as well."""
     total = clip.views.shape[1]
-    longest = max(1, min(3, total // STEPS))
-    stride = int(rng.integers(1, longest + 1))
+    stride = int(rng.integers(1, max(1, min(3, total // STEPS)) + 1))
     start = int(rng.integers(0, max(1, total - stride * STEPS)))
     rows = torch.arange(start, start + stride * STEPS, stride).clamp_max(total - 1)
+    if rng.random() < 0.5:
+        rows = rows.flip(0)
     view = int(rng.integers(clip.views.shape[0]))
     dt = torch.full((STEPS,), stride * 30.0 / clip.fps)
-    return clip.views[view, rows], dt, _take(clip.targets, rows)
+    return clip.views[view, rows], dt, wanted[rows], torch.from_numpy(clip.ok).float()[rows]
 
 
 def _take(targets: Targets, rows: Tensor) -> Targets:

@@ -2,12 +2,14 @@
 
 Two stages, because pictures carry the labels and clips carry the time:
 
-1. images: the whole model on single frames (a step from the initial state). The expression is a mix of FER+'s votes
-   and the teachers' word (`soft_labels.npz`, of `affect-train-teachers`); colour photographs have the teachers' word
-   and one volunteer's. Action units and eye closure are blendshapes. Most epochs see small pictures, which cost half;
-   the last ones see the size of the device. No clip is seen here, so that any clip can be left out below.
-2. sequences: the encoder is frozen and its features stored; the Mamba blocks and heads learn the two-sided smoothing
-   of the teachers' word over clips, and to hold a judgement through noise (`recipes.sequences`).
+1. images: encoder and heads on single frames, with the Mamba blocks idle (they add nothing to what passes by them).
+   The expression is a mix of FER+'s votes and the teachers' word (`soft_labels.npz`, of `affect-train-teachers`);
+   colour photographs have the teachers' word and one volunteer's. Action units and eye closure are blendshapes. No clip
+   is seen here, so that any clip can be left out below. Every epoch sees the size of the device: epochs of 80-pixel
+   pictures cost two thirds of the time and taught much less.
+2. sequences: encoder and heads are frozen, the encoder's features stored; the Mamba blocks learn what the frames before
+   add to a frame: to hold a judgement through noise, and the two-sided smoothing of the teachers' word over clips
+   (`recipes.sequences`).
 
 Validation uses the public FER+ test split, faces enlarged as they are, one step from the initial state.
 """
@@ -52,8 +54,6 @@ class Recipe:
 
     Attributes:
         epochs: of the image stage.
-        small_epochs: how many of them, the first ones, see pictures of `small_px`.
-        small_px: side of those pictures.
         batch_fer: FER+ faces in a batch, half as published and half aligned.
         batch_photographs: colour photographs in a batch.
         learning_rate: peak of the image stage.
@@ -65,8 +65,6 @@ class Recipe:
     """
 
     epochs: int = 20
-    small_epochs: int = 12
-    small_px: int = 80
     batch_fer: int = 96
     batch_photographs: int = 32
     learning_rate: float = 1.5e-3
@@ -95,16 +93,16 @@ class ImageBatch:
     targets: Targets
 
 
-def view_of(config: StudentConfig, image_px: int | None = None) -> View:
-    """What the student sees, or the same smaller."""
-    return View(image_px or config.image_px, config.mean, config.std)
+def view_of(config: StudentConfig) -> View:
+    """What the student sees."""
+    return View(config.image_px, config.mean, config.std)
 
 
 def image_batches(sources: Sources, recipe: Recipe, config: StudentConfig, epoch: int) -> Iterator[ImageBatch]:
     """One pass over FER+'s training faces; photographs are drawn beside them."""
     generator = torch.Generator().manual_seed(recipe.seed * 1000 + epoch)
     rng = np.random.default_rng((recipe.seed, epoch))
-    view = view_of(config, recipe.small_px if epoch < recipe.small_epochs else None)
+    view = view_of(config)
     augmentation, half = Augmentation(), recipe.batch_fer // 2
     rows_fer = rng.permutation(np.flatnonzero(~sources.fer[0].validation))
     rows_photographs = np.flatnonzero(~sources.photographs.validation)
@@ -195,7 +193,12 @@ def lessons_of(sources: Sources, recipe: Recipe) -> Sources:
 
 
 def train_images(model: Student, sources: Sources, recipe: Recipe, folder: Path) -> None:
-    """The image stage, in place."""
+    """The image stage, in place; leaves a model without memory, whose blocks add nothing yet."""
+    blocks = [*model.norms.parameters(), *model.blocks.parameters()]
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.out_proj.weight)  # type: ignore[arg-type,union-attr]
+    for parameter in blocks:
+        parameter.requires_grad_(False)
     model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lessons = lessons_of(sources, recipe)
     steps = int((~sources.fer[0].validation).sum()) // recipe.batch_fer
@@ -218,6 +221,8 @@ def train_images(model: Student, sources: Sources, recipe: Recipe, folder: Path)
         TrainingConfig(recipe.epochs, steps, recipe.learning_rate, recipe.weight_decay, bf16="auto"),
         folder,
     )
+    for parameter in blocks:
+        parameter.requires_grad_(True)
 
 
 def build(

