@@ -31,7 +31,7 @@ def main() -> None:
     lessons = student.lessons_of(sources, recipe)
     stills = sequences.encode_stills(model, lessons, recipe.seed)
     clips = sequences.encode_clips(model, lessons, recipe.seed)
-    found = video.leave_one_out(model, stills, clips, a.output)
+    found = video.leave_one_out(model, stills, clips, a.output, recipe.sequence_epochs)
     told = video.summary(found, video.columns(model))
     (a.output / "video.json").write_text(json.dumps(told, indent=1) + "\n")
     print(f"{sum(len(c.ok) for c in clips)} frames of {len(clips)} clips from {told['means'][0]['sources']} recordings")

@@ -3,13 +3,14 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from affect_export.models.student import ACTION_UNITS, EXPRESSIONS, Student, StudentConfig
-from affect_export.recipes import data, labels, motion, ms_vssm, sequences, student, teachers
+from affect_export.recipes import data, labels, motion, ms_vssm, sequences, student, teachers, video
 from affect_export.recipes.augment import Augmentation, View, crop_batch, plain
 from affect_export.recipes.data import Faces
 from affect_export.recipes.soft_labels import SoftLabels, taught
@@ -249,6 +250,33 @@ def test_stages_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.Monke
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith(("blocks.", "norms.")) for name in changed)
     assert any(name.endswith("out_proj.weight") for name in changed)
+
+
+def test_every_source_is_followed_by_a_head_that_never_saw_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequences, "BATCHES", 1)
+    made, model = sources(), Student(StudentConfig.tiny())
+    stills, clips = sequences.encode_stills(model, made, 0), sequences.encode_clips(model, made, 0)
+    seen = []
+    train_head = video.train_head
+
+    def spy(learner: Student, stills: Any, clips: Any, *rest: Any) -> None:
+        seen.append({c.name for c in clips})
+        train_head(learner, stills, clips, *rest)
+
+    monkeypatch.setattr(video, "train_head", spy)
+    found = video.leave_one_out(model, stills, clips, tmp_path, epochs=1)
+    assert sorted(seen, key=str) == [{"jeelizWeboji.mp4"}, {"talking.mp4"}]
+    assert {stride: len(tracks) for stride, tracks in found.items()} == {1: 2, 2: 2, 3: 2}
+    for tracks in found.values():
+        for each in tracks:
+            assert set(each.said) == set(video.FOLLOWERS)
+            assert all(said.shape == each.wanted.shape for said in each.said.values())
+            assert not np.array_equal(each.said["recurrent"][1:], each.said["frames"][1:])
+
+
+def test_columns_of_an_output_count_as_one() -> None:
+    errors = torch.tensor([1.0, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0, 30.0])
+    torch.testing.assert_close(sequences._by_output(errors, 2), torch.tensor([1.0, 2.0, 3.0, 5.0, 20.0]))
 
 
 def test_a_clip_comes_apart_into_face_course_and_noise() -> None:

@@ -155,6 +155,7 @@ def train_head(
     lessons = [_lesson(frame_wise, clip) for clip in clips]
     spread = torch.cat([wanted[torch.from_numpy(c.ok)] for c, wanted in zip(clips, lessons, strict=True)]).var(0) + 1e-3
     motions = [motion.of_clip(c.views[0], torch.from_numpy(c.ok), c.fps) for c in clips]
+    units = len(model.config.action_units)
 
     def loss(candidate: nn.Module, _averaged: nn.Module, batch: _Batch) -> dict[str, Tensor]:
         assert isinstance(candidate, Student)
@@ -164,7 +165,7 @@ def train_head(
         still = {name: value[:count] for name, value in logits.items()}
         terms = multi_task_loss(still, replace(batch.stills, expression_weight=weight))
         said = _beside(candidate.activate({name: value[count:] for name, value in logits.items()}))
-        errors = ((said - batch.wanted) ** 2 / spread).mean(-1) * batch.usable
+        errors = _by_output((said - batch.wanted) ** 2 / spread, units).mean(-1) * batch.usable
         moving, made = errors.split([BATCH_CLIPS, BATCH_MADE])
         return terms | {"clips": moving.mean(), "made": made.mean()}
 
@@ -190,6 +191,12 @@ def _beside(outputs: Mapping[str, Tensor]) -> Tensor:
     """All outputs (..., T) and (..., T, n) in one tensor: valence, arousal, eyes, action units, expression."""
     single = torch.stack([outputs["valence"], outputs["arousal"], outputs["eye_closure"]], -1)
     return torch.cat([single, outputs["action_units"], outputs["expression"]], -1)
+
+
+def _by_output(errors: Tensor, units: int) -> Tensor:
+    """(..., columns of `_beside`) -> (..., 5): the mean of each output, so that many columns count no more than one."""
+    single, many, expression = errors[..., :3], errors[..., 3 : 3 + units], errors[..., 3 + units :]
+    return torch.cat([single, many.mean(-1, keepdim=True), expression.mean(-1, keepdim=True)], -1)
 
 
 _EYES = 2  # the column of eye closure in `_beside`

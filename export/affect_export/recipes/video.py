@@ -36,7 +36,6 @@ __all__ = ["Ema", "Linear", "Track", "columns", "fit_ema", "fit_linear", "leave_
 Array = NDArray[np.float64]
 
 FOLLOWERS = ("frames", "ema", "linear", "recurrent")
-EPOCHS = 6
 STRIDES = (1, 2, 3)
 # A rise or fall of a third of what the proxy calls a full smile, within a second.
 ONSET = 0.25
@@ -187,7 +186,7 @@ def _halfway(x: Array) -> float:
 
 
 def leave_one_out(
-    model: Student, stills: list[Stored], clips: list[Moving], folder: Path, seed: int = 0
+    model: Student, stills: list[Stored], clips: list[Moving], folder: Path, epochs: int, seed: int = 0
 ) -> dict[int, list[Track]]:
     """Every clip as followed by heads and filters that were trained without its source: stride -> tracks.
 
@@ -196,6 +195,7 @@ def leave_one_out(
         stills: of `sequences.encode_stills`.
         clips: of `sequences.encode_clips`.
         folder: where the heads' runs leave their files; an unfinished run goes on.
+        epochs: of the sequence stage.
         seed: of every random choice.
     """
     found: dict[int, list[Track]] = {stride: [] for stride in STRIDES}
@@ -204,7 +204,7 @@ def leave_one_out(
         others = [clip for clip in clips if source_of(clip.name) != source]
         # Nothing is left to choose an epoch by: the last weights are taken, for every source alike.
         last = partial(_count, done)
-        train_head(learner, stills, others, last, "epochs_done", EPOCHS, seed, folder / f"without-{number}")
+        train_head(learner, stills, others, last, "epochs_done", epochs, seed, folder / f"without-{number}")
         for stride in STRIDES:
             training = [track(learner, clip, stride) for clip in others]
             filters: dict[str, Callable[[Array], Array]] = {"ema": fit_ema(training), "linear": fit_linear(training)}
