@@ -158,7 +158,8 @@ def calibration(model: Student, faces: Faces) -> dict[str, Any]:
         "faces": len(rows),
         "ece_votes": calibration_error(sure, share, BINS),
         "ece_plurality": calibration_error(sure[used], (named == label)[used], BINS),
-        "reliability_votes": reliability(sure, share, BINS).tolist(),
+        # JSON knows no NaN: bins without a face are left out.
+        "reliability_votes": [row for row in reliability(sure, share, BINS).tolist() if row[2] > 0],
     }
 
 
@@ -195,8 +196,8 @@ def draw(table: dict[str, Any], folder: Path) -> None:
 
     bins = np.array(table["calibration"]["reliability_votes"], float)
     figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
-    centres = (np.arange(len(bins)) + 0.5) / len(bins)
-    axes.bar(centres, bins[:, 2], width=0.9 / len(bins), color="0.85", label="share of the faces")
+    centres = (np.ceil(bins[:, 0] * BINS) - 0.5) / BINS
+    axes.bar(centres, bins[:, 2], width=0.9 / BINS, color="0.85", label="share of the faces")
     axes.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle="--")
     axes.plot(bins[:, 0], bins[:, 1], marker="o", color="tab:blue", label="share of voters who agree")
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability that the student gives", title="FER+ validation, odd rows")

@@ -41,7 +41,7 @@ from affect_runtimes.errors import AffectError
 
 __all__ = ["Recipe", "main", "score_ferplus", "score_photographs"]
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 
 SOFT_LABELS = Path(__file__).parent.parent / "weights" / "soft_labels.npz"
 
@@ -267,7 +267,7 @@ def build(
     measure.draw(table, output)
     stages = {stage: json.loads((output / stage / "history.json").read_text()) for stage in ("images", "sequences")}
     report = {"table": table, "recipe": asdict(recipe), "history": stages}
-    (output / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    (output / "training.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     return table
 
 
