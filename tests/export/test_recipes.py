@@ -304,6 +304,19 @@ def test_made_motion_is_a_face_a_course_and_noise() -> None:
     torch.testing.assert_close(noisy, again[1])
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_walk_turns_round_at_the_ends_of_a_short_clip(stride: int) -> None:
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(60):
+        rows = motion.walk(20, 40, stride, rng)
+        assert rows.shape == (40,) and 0 <= int(rows.min()) and int(rows.max()) <= 19
+        steps = rows.diff().abs()
+        assert int(steps.max()) == stride  # never further; less only where it turns
+        assert int((steps != stride).sum()) <= 40 * stride // 19 + 1
+        seen |= set(rows.tolist())
+    assert seen == set(range(20))
+
+
 def test_smoothing_a_batch_is_smoothing_each() -> None:
     values, ok = torch.randn(2, 40, 3), torch.ones(40, dtype=torch.bool)
     found = motion.smoothed(values, torch.tensor([2.0, 5.0]))

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from affect_quantize.distill import two_sided
 
-__all__ = ["Motion", "crossed", "of_clip", "smoothed"]
+__all__ = ["STRIDES", "Motion", "crossed", "of_clip", "smoothed", "walk"]
 
 # Frames are smoothed this lightly, because a blink is over in a tenth of a second.
 _COURSE_S = 0.06
 _COURSE_GAIN, _NOISE_GAIN = (0.3, 1.5), (0.5, 1.5)
 _CHANGE_OF_FACE = 0.3
+# Every frame down to every third: cameras of 30 frames a second down to 10.
+STRIDES = 3
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,11 @@ def crossed(
     clean, noise, dt = [], [], []
     for mover, trembler in rng.choice(len(motions), (batch, 2), p=chances):
         motion = motions[mover]
-        stride = int(rng.integers(1, max(1, min(3, len(motion.course) // steps)) + 1))
-        clean.append(_window(motion.course, steps, stride, rng) * rng.uniform(*_COURSE_GAIN))
-        noise.append(_window(motions[trembler].noise, steps, stride, rng) * rng.uniform(*_NOISE_GAIN))
+        stride = int(rng.integers(1, STRIDES + 1))
+        clean.append(motion.course[walk(len(motion.course), steps, stride, rng)] * rng.uniform(*_COURSE_GAIN))
+        noise.append(
+            motions[trembler].noise[walk(len(motions[trembler].noise), steps, stride, rng)] * rng.uniform(*_NOISE_GAIN)
+        )
         dt.append(stride * 30 / motion.fps)
     one, other = (faces[torch.from_numpy(rng.integers(len(faces), size=batch))].unsqueeze(1) for _ in range(2))
     share = torch.from_numpy(np.stack([_change(steps, rng) for _ in range(batch)])).float().unsqueeze(2)
@@ -82,11 +86,11 @@ def smoothed(values: Tensor, sigma: Tensor) -> Tensor:
     return (weights / weights.sum(2, keepdim=True)) @ values
 
 
-def _window(values: Tensor, steps: int, stride: int, rng: np.random.Generator) -> Tensor:
-    """`steps` frames, forwards or backwards; a short clip stands still at its end."""
-    start = int(rng.integers(0, max(1, len(values) - stride * steps)))
-    rows = torch.arange(start, start + stride * steps, stride).clamp_max(len(values) - 1)
-    return values[rows.flip(0) if rng.random() < 0.5 else rows]
+def walk(total: int, steps: int, stride: int, rng: np.random.Generator) -> Tensor:
+    """(steps,) rows of a clip of `total` frames, every `stride`-th, from anywhere, turning round at its ends."""
+    turn = 2 * (total - 1)
+    rows = (int(rng.integers(turn)) + stride * torch.arange(steps)) % turn
+    return torch.where(rows < total, rows, turn - rows)
 
 
 def _change(steps: int, rng: np.random.Generator) -> Any:

@@ -350,12 +350,8 @@ def _still_sequence(
 
 def _clip_sequence(clip: Moving, wanted: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features, dt, targets and usable frames, forwards or backwards: the targets saw the future as well."""
-    total = clip.views.shape[1]
-    stride = int(rng.integers(1, max(1, min(3, total // STEPS)) + 1))
-    start = int(rng.integers(0, max(1, total - stride * STEPS)))
-    rows = torch.arange(start, start + stride * STEPS, stride).clamp_max(total - 1)
-    if rng.random() < 0.5:
-        rows = rows.flip(0)
+    stride = int(rng.integers(1, motion.STRIDES + 1))
+    rows = motion.walk(clip.views.shape[1], STEPS, stride, rng)
     view = int(rng.integers(clip.views.shape[0]))
     dt = torch.full((STEPS,), stride * 30.0 / clip.fps)
     return clip.views[view, rows], dt, wanted[rows], torch.from_numpy(clip.ok).float()[rows]
