@@ -257,7 +257,7 @@ def test_every_source_is_followed_by_a_head_that_never_saw_it(tmp_path: Path, mo
     made, model = sources(), Student(StudentConfig.tiny())
     stills, clips = sequences.encode_stills(model, made, 0), sequences.encode_clips(model, made, 0)
     seen = []
-    train_head = video.train_head
+    train_head = sequences.train_head
 
     def spy(learner: Student, stills: Any, clips: Any, *rest: Any) -> None:
         seen.append({c.name for c in clips})
