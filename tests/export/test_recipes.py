@@ -235,7 +235,7 @@ def test_both_stages_run_end_to_end_and_leave_a_checkpoint(tmp_path: Path, monke
 
 
 def test_stages_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures teach encoder and heads, with blocks that add nothing; clips teach the blocks and nothing else."""
+    """Pictures teach encoder and heads, with blocks that add nothing; clips teach the blocks and scale the units."""
     monkeypatch.setattr(sequences, "BATCHES", 2)
     made, model = sources(), Student(StudentConfig.tiny())
     recipe = student.Recipe(epochs=1, batch_fer=8, batch_photographs=4, sequence_epochs=1)
@@ -248,7 +248,7 @@ def test_stages_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.Monke
     sequences.build(model, made, recipe, tmp_path / "sequences")
     assert all(p.requires_grad for p in model.parameters())
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed and all(name.startswith(("blocks.", "norms.")) for name in changed)
+    assert changed and all(name.startswith(("blocks.", "norms.", "heads.action_units.")) for name in changed)
     assert any(name.endswith("out_proj.weight") for name in changed)
 
 
@@ -393,3 +393,29 @@ def test_the_narrow_ms_vssm_is_trained_and_its_card_says_what_was_measured() -> 
     figures = json.loads((folder / "training.json").read_text())
     assert (folder / "MODEL_CARD.md").read_text() == ms_vssm.card(figures)
     assert figures["parameters"] == sum(p.numel() for p in loaded.model.parameters())
+
+
+def test_units_get_the_gain_and_bias_that_clips_ask_for() -> None:
+    """Targets made from the model's own units by known gains and biases are met; what is ranked how does not change."""
+    torch.manual_seed(0)
+    model = Student(StudentConfig.tiny()).eval()
+    views = torch.randn(1, 200, model.config.d_model)
+    with torch.no_grad():
+        before = model.logits_features(views)["action_units"][0]
+        wanted = torch.sigmoid(1.8 * before - 0.7)
+    targets = Targets(
+        torch.full((200, 8), 1 / 8),
+        torch.ones(200),
+        torch.zeros(200, 2),
+        torch.ones(200),
+        wanted,
+        torch.zeros(200),
+        torch.ones(200),
+    )
+    sequences._fit_units(model, [sequences.Moving(views, targets, "made", 30.0, np.ones(200, bool))])
+    with torch.no_grad():
+        after = model.logits_features(views)["action_units"][0]
+    assert float((torch.sigmoid(after) - wanted).abs().mean()) < 0.3 * float(
+        (torch.sigmoid(before) - wanted).abs().mean()
+    )
+    torch.testing.assert_close(after.argsort(0), before.argsort(0))

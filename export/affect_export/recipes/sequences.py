@@ -11,6 +11,8 @@ from the frames before. Three kinds of sequence:
 - made motion (`recipes.motion`): strangers that move as the clips do. The target is the model's own frame-wise word on
   the course without its noise, smoothed both ways.
 
+At the end every action unit gets a gain and a bias fitted to the clips, which change no ranking.
+
 Frame-rate jitter: clips are read with strides of one to three frames, stills with random intervals; dt says so, which
 is what lets one bundle follow cameras of different rates.
 """
@@ -50,6 +52,9 @@ LEARNING_RATE = 3e-3
 FIRST = 8.0
 # Of the model's own word in the targets of the clips: what it can learn of time without learning who is in them.
 OWN = 0.3
+# How much of the measure of an error is the spread of its own sequence, the rest that of all clips.
+OWN_SPREAD = 0.8
+UNITS_PULL = 0.01
 TRAINED = ("blocks", "norms")
 VIEWS_STILLS, VIEWS_CLIPS = 4, 4
 # Widths of the two-sided windows: an expression lasts half a second and more, a blink a tenth.
@@ -165,7 +170,10 @@ def train_head(
         still = {name: value[:count] for name, value in logits.items()}
         terms = multi_task_loss(still, replace(batch.stills, expression_weight=weight))
         said = _beside(candidate.activate({name: value[count:] for name, value in logits.items()}))
-        errors = _by_output((said - batch.wanted) ** 2 / spread, units).mean(-1) * batch.usable
+        # A face that hardly moves is followed as well as one that moves much: by its own spread, within reason.
+        own = batch.wanted.var(1, keepdim=True)
+        errors = _by_output((said - batch.wanted) ** 2 / (OWN_SPREAD * own + (1 - OWN_SPREAD) * spread), units).mean(-1)
+        errors = errors * batch.usable
         moving, made = errors.split([BATCH_CLIPS, BATCH_MADE])
         return terms | {"clips": moving.mean(), "made": made.mean()}
 
@@ -185,6 +193,46 @@ def train_head(
     )
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    _fit_units(model.eval(), clips)
+
+
+def _fit_units(model: Student, clips: list[Moving]) -> None:
+    """A gain and a bias for every action unit's logit, in place, by least squares on clips.
+
+    The heads know the blendshapes of photographs; those of a video are of blurred faces that another detector cut.
+    """
+    head = model.heads["action_units"]
+    assert isinstance(head, nn.Linear)
+    logits, wanted, weight = [], [], []
+    with torch.no_grad():
+        for clip in clips:
+            ok = torch.from_numpy(clip.ok)
+            for stride in range(1, motion.STRIDES + 1):
+                features = clip.views[:1, ::stride]
+                said = model.logits_features(features, torch.full(features.shape[:2], stride * 30.0 / clip.fps))
+                use = ok[::stride]
+                logits.append(said["action_units"][0, use])
+                wanted.append(clip.targets.action_units[::stride][use])
+                # Every clip counts by the root of its length, as the filters of `recipes.video` are fitted.
+                weight.append(torch.full((int(use.sum()), 1), max(1, int(use.sum())) ** -0.5))
+    x, y, w = torch.cat(logits), torch.cat(wanted), torch.cat(weight)
+    w = w / w.sum()
+    spread = (w * (y - (w * y).sum(0)) ** 2).sum(0) + 1e-4
+    gain, bias = torch.ones(x.shape[1], requires_grad=True), torch.zeros(x.shape[1], requires_grad=True)
+    solver = torch.optim.LBFGS([gain, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        error = (w * (torch.sigmoid(gain * x + bias) - y) ** 2 / spread).sum()
+        # A little pull to where the heads were, for units that hardly move in any clip.
+        loss = error + UNITS_PULL * (((gain - 1) ** 2).sum() + (bias**2).sum())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    solver.step(closure)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        head.weight.mul_(gain.clamp_min(0.1).unsqueeze(1))
+        head.bias.mul_(gain.clamp_min(0.1)).add_(bias)
 
 
 def _beside(outputs: Mapping[str, Tensor]) -> Tensor:
