@@ -226,10 +226,10 @@ def _fit_units(model: Student, clips: list[Moving]) -> None:
         error = (w * (torch.sigmoid(gain * x + bias) - y) ** 2 / spread).sum()
         # A little pull to where the heads were, for units that hardly move in any clip.
         loss = error + UNITS_PULL * (((gain - 1) ** 2).sum() + (bias**2).sum())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    solver.step(closure)  # type: ignore[no-untyped-call]
+    solver.step(closure)
     with torch.no_grad():
         head.weight.mul_(gain.clamp_min(0.1).unsqueeze(1))
         head.bias.mul_(gain.clamp_min(0.1)).add_(bias)
