@@ -22,6 +22,7 @@ import argparse
 import json
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from affect_export.graphs import graph_sources
 from affect_export.models.student import FrameEncoder, Student, StudentConfig
 from affect_export.recipes import data, student
-from affect_export.recipes.augment import plain
+from affect_export.recipes.augment import plain, view_of
 from affect_export.recipes.soft_labels import SoftLabels
 from affect_export.recipes.teachers import Lite0, lite0, start_from
 from affect_export.targets.cpu import write_onnx
@@ -208,9 +209,7 @@ def engine_of(model: Student, folder: Path) -> OnnxRuntimeEngine:
 def main() -> None:
     """Trains what is not trained yet and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("ferplus", "faces", "clips", "detector", "soft-labels", "output"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--cache", type=Path)
+    student.add_source_arguments(parser)
     parser.add_argument("--start", type=Path)
     parser.add_argument("--lite0", type=Path)
     parser.add_argument("--epochs", type=int, default=4)
@@ -222,10 +221,10 @@ def main() -> None:
     fer, photographs = data.load_ferplus(a.ferplus, a.detector, cache), data.load_photographs(a.faces, cache)
     sources = student.Sources(fer, photographs, [], SoftLabels.load(a.soft_labels))
     recipe, config = replace(student.Recipe(), epochs=a.epochs), replace(StudentConfig(), image_px=a.image_px)
-    sample = plain(torch.from_numpy(fer[0].images[:256]), False, student.view_of(config))
+    sample = plain(torch.from_numpy(fer[0].images[:256]), False, view_of(config))
     rows: dict[str, dict[str, Any]] = {}
-    engines: dict[str, OnnxRuntimeEngine] = {}
-    device = StudentConfig()
+    calls: dict[str, Callable[[], object]] = {}
+    device, rng = StudentConfig(), np.random.default_rng(0)
     for design in a.designs.split(","):
         model = make(design, config, a.start, a.lite0, sample)
         student.train_images(model, sources, recipe, a.output / design)
@@ -237,12 +236,10 @@ def main() -> None:
         }
         for settings in (device, config):
             model.config = settings
+            frame = rng.standard_normal((1, 3, settings.image_px, settings.image_px), np.float32)
             with tempfile.TemporaryDirectory() as folder:
-                engines[f"{design} {settings.image_px}"] = engine_of(model, Path(folder))
+                calls[f"{design} {settings.image_px}"] = partial(engine_of(model, Path(folder)).run, {"frame": frame})
         rows[design]["parameters"] = sum(p.numel() for p in model.parameters())
-    rng = np.random.default_rng(0)
-    frames = {px: rng.standard_normal((1, 3, px, px), np.float32) for px in (device.image_px, config.image_px)}
-    calls = {key: partial(engine.run, {"frame": frames[int(key.split()[1])]}) for key, engine in engines.items()}
     times = taking_turns(calls, 300)
     print(machine(300))
     print(f"{a.epochs} epochs on pictures of {a.image_px} pixels; ms are of {device.image_px}, small of those")

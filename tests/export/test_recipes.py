@@ -11,7 +11,7 @@ import torch
 
 from affect_export.models.student import ACTION_UNITS, EXPRESSIONS, Student, StudentConfig
 from affect_export.recipes import data, labels, motion, ms_vssm, sequences, student, teachers, video
-from affect_export.recipes.augment import Augmentation, View, crop_batch, plain
+from affect_export.recipes.augment import Augmentation, View, crop_batch, plain, view_of
 from affect_export.recipes.data import Faces
 from affect_export.recipes.soft_labels import SoftLabels, taught
 from affect_export.recipes.targets import Targets, multi_task_loss
@@ -72,7 +72,7 @@ def test_plain_crops_are_what_the_device_cuts() -> None:
     rng = np.random.default_rng(0)
     frame = np.repeat(np.repeat(rng.integers(0, 255, (12, 12, 3), np.uint8), 20, 0), 20, 1)
     eyes = np.array([[95.0, 100.0], [145.0, 110.0]])
-    view = student.view_of(StudentConfig())
+    view = view_of(StudentConfig())
     wide = align_face(frame, eyes, data.MARGIN_PX, data.MARGIN)
     training = plain(torch.from_numpy(wide[None]), True, view).numpy()
     device = normalise(align_face(frame, eyes)[None].astype(np.float32), view.mean, view.std)
@@ -82,7 +82,7 @@ def test_plain_crops_are_what_the_device_cuts() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augmented_crops_are_finite_and_reproducible(channels: int) -> None:
     images = torch.randint(0, 255, (6, 48, 48, channels), dtype=torch.uint8)
-    view = student.view_of(StudentConfig.tiny())
+    view = view_of(StudentConfig.tiny())
     runs = [crop_batch(images, False, view, Augmentation(), torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert runs[0].shape == (6, 3, 112, 112) and bool(torch.isfinite(runs[0]).all())
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])

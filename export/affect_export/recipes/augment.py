@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from affect_export.models.student import StudentConfig
 from affect_export.recipes.data import MARGIN
 
 __all__ = ["Augmentation", "View", "crop_batch", "grey_small", "plain"]
@@ -22,6 +23,11 @@ class View:
     image_px: int
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+
+
+def view_of(config: StudentConfig) -> View:
+    """What the student sees."""
+    return View(config.image_px, config.mean, config.std)
 
 
 @dataclass(frozen=True)

@@ -194,12 +194,10 @@ def _train_temporal(model: MambaVA, sources: student.Sources, seed: int, folder:
         found = {f"{v}_ccc": ccc(wanted[:, i], np.concatenate(said[v])) for i, v in enumerate(MambaVA.VALUES)}
         return found | {"mean_ccc": float(np.mean(list(found.values())))}
 
-    for parameter in model.encoder.parameters():
-        parameter.requires_grad_(False)
+    model.encoder.requires_grad_(False)
     config = TrainingConfig(TEMPORAL_EPOCHS, BATCHES, 1e-3, weight_decay=0.02, ema_decay=0.99)
     history = train(model, batches, loss, evaluate, "mean_ccc", config, folder)
-    for parameter in model.encoder.parameters():
-        parameter.requires_grad_(True)
+    model.encoder.requires_grad_(True)
     best = max(history, key=lambda row: row["mean_ccc"])
     return {k: v for k, v in best.items() if k.endswith("_ccc")} | {"held_out_clips": float(len(validation))}
 

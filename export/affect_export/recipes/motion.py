@@ -16,7 +16,7 @@ from torch import Tensor
 
 from affect_quantize.distill import two_sided
 
-__all__ = ["STRIDES", "Motion", "crossed", "of_clip", "smoothed", "walk"]
+__all__ = ["STRIDES", "Motion", "chances", "crossed", "of_clip", "smoothed", "walk"]
 
 # Frames are smoothed this lightly, because a blink is over in a tenth of a second.
 _COURSE_S = 0.06
@@ -62,10 +62,8 @@ def crossed(
     Returns:
         The clean courses (B, T, d), the same with noise, and dt (B, T) in frames of 1/30 s.
     """
-    chances = np.sqrt([len(m.course) for m in motions])
-    chances /= chances.sum()
     clean, noise, dt = [], [], []
-    for mover, trembler in rng.choice(len(motions), (batch, 2), p=chances):
+    for mover, trembler in rng.choice(len(motions), (batch, 2), p=chances([len(m.course) for m in motions])):
         motion = motions[mover]
         stride = int(rng.integers(1, STRIDES + 1))
         clean.append(motion.course[walk(len(motion.course), steps, stride, rng)] * rng.uniform(*_COURSE_GAIN))
@@ -84,6 +82,12 @@ def smoothed(values: Tensor, sigma: Tensor) -> Tensor:
     t = torch.arange(values.shape[1], dtype=values.dtype)
     weights = torch.exp(-0.5 * ((t.unsqueeze(1) - t) / sigma.view(-1, 1, 1)) ** 2)
     return (weights / weights.sum(2, keepdim=True)) @ values
+
+
+def chances(lengths: list[int]) -> Any:
+    """How likely each clip is drawn: by the root of its length, so that the long ones are not all that is seen."""
+    roots = np.sqrt(lengths)
+    return roots / roots.sum()
 
 
 def walk(total: int, steps: int, stride: int, rng: np.random.Generator) -> Tensor:

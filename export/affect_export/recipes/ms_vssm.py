@@ -41,8 +41,7 @@ class VSSMTeacher(nn.Module):
         self.classifier = nn.Linear(self.CONFIG.widths[-1], len(EXPRESSIONS))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.dropout(self.model.encode({"frame": x})["features"].float()))
-        return logits
+        return self.both(x)[0]
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the expressions (B, 8) and of the quadrants (B, 4)."""

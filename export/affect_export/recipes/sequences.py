@@ -22,7 +22,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from affect_export.models.student import Student
 from affect_export.recipes import labels, motion
-from affect_export.recipes.augment import Augmentation, crop_batch, plain
+from affect_export.recipes.augment import Augmentation, crop_batch, plain, view_of
 from affect_export.recipes.data import Clip, Faces
 from affect_export.recipes.targets import Targets, multi_task_loss
 from affect_quantize.distill import two_sided
@@ -55,7 +55,6 @@ OWN = 0.3
 # How much of the measure of an error is the spread of its own sequence, the rest that of all clips.
 OWN_SPREAD = 0.8
 UNITS_PULL = 0.01
-TRAINED = ("blocks", "norms")
 VIEWS_STILLS, VIEWS_CLIPS = 4, 4
 # Widths of the two-sided windows: an expression lasts half a second and more, a blink a tenth.
 SMOOTHING_S, SMOOTHING_EYES_S = 0.25, 0.05
@@ -177,11 +176,9 @@ def train_head(
         moving, made = errors.split([BATCH_CLIPS, BATCH_MADE])
         return terms | {"clips": moving.mean(), "made": made.mean()}
 
-    trained = [p for part in TRAINED for p in getattr(model, part).parameters()]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    model.requires_grad_(False)
+    for part in (model.blocks, model.norms):
+        part.requires_grad_(True)
     train(
         model,
         lambda epoch: _batches(frame_wise, stills, clips, lessons, motions, seed * 1000 + epoch),
@@ -191,8 +188,7 @@ def train_head(
         TrainingConfig(epochs, BATCHES, LEARNING_RATE, weight_decay=0.02, warmup=0.1, ema_decay=0.99),
         folder,
     )
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.requires_grad_(True)
     _fit_units(model.eval(), clips)
 
 
@@ -258,6 +254,13 @@ def _word(model: Student, features: Tensor) -> Tensor:
     return said.view(*features.shape[:2], -1)
 
 
+def _steadied(word: Tensor, fps: float | Tensor, smooth: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    """A word (..., outputs) smoothed both ways; `smooth` takes values and the width of the window in frames."""
+    steady, eyes = smooth(word, SMOOTHING_S * fps), slice(_EYES, _EYES + 1)
+    steady[..., eyes] = smooth(word[..., eyes], SMOOTHING_EYES_S * fps)
+    return steady
+
+
 def _lesson(frame_wise: Student, clip: Moving) -> Tensor:
     """(T, outputs): the clip's targets with the model's own smoothed word mixed in."""
     t, ok = clip.targets, torch.from_numpy(clip.ok)
@@ -272,8 +275,7 @@ def _lesson(frame_wise: Student, clip: Moving) -> Tensor:
         }
     )
     word = _word(frame_wise, clip.views[:1])[0]
-    own = two_sided(word, ok, SMOOTHING_S * clip.fps)
-    own[:, _EYES] = two_sided(word[:, _EYES : _EYES + 1], ok, SMOOTHING_EYES_S * clip.fps)[:, 0]
+    own = _steadied(word, clip.fps, lambda values, frames: two_sided(values, ok, frames))
     return (1 - OWN) * teachers + OWN * own
 
 
@@ -285,8 +287,6 @@ def encode_stills(model: Student, sources: "Sources", seed: int) -> list[Stored]
 
 @torch.no_grad()
 def _encode_stills(model: Student, faces: Faces, generator: torch.Generator) -> Stored:
-    from affect_export.recipes.student import view_of
-
     rows, view = np.flatnonzero(~faces.validation), view_of(model.config)
     views = []
     for number in range(VIEWS_STILLS):
@@ -311,8 +311,6 @@ def encode_clips(model: Student, sources: "Sources", seed: int) -> list[Moving]:
 
 @torch.no_grad()
 def _encode_clip(model: Student, clip: Clip, said: np.ndarray, generator: torch.Generator) -> Moving:
-    from affect_export.recipes.student import view_of
-
     views, view = [], view_of(model.config)
     for number in range(VIEWS_CLIPS + 1):
         images = torch.from_numpy(clip.images)
@@ -358,16 +356,13 @@ def _batches(
 ) -> Iterator[_Batch]:
     rng = np.random.default_rng(seed)
     sizes = np.array([f.views.shape[1] for f in stills])
-    chances = np.sqrt([f.views.shape[1] for f in clips])
-    chances /= chances.sum()
+    chances = motion.chances([clip.views.shape[1] for clip in clips])
     faces = torch.cat([source.views[0] for source in stills])
     for _ in range(BATCHES):
         still = [_still_sequence(stills, sizes, rng) for _ in range(BATCH_STILLS)]
         moving = [_clip_sequence(clips[k], lessons[k], rng) for k in rng.choice(len(clips), BATCH_CLIPS, p=chances)]
         course, noisy, dt = motion.crossed(faces, motions, BATCH_MADE, STEPS, rng)
-        word = _word(frame_wise, course)
-        made = motion.smoothed(word, SMOOTHING_S * 30 / dt[:, 0])
-        made[..., _EYES] = motion.smoothed(word[..., _EYES : _EYES + 1], SMOOTHING_EYES_S * 30 / dt[:, 0])[..., 0]
+        made = _steadied(_word(frame_wise, course), 30 / dt[:, 0], motion.smoothed)
         yield _Batch(
             torch.cat([torch.stack([s[0] for s in still]), torch.stack([m[0] for m in moving]), noisy]),
             torch.cat([torch.stack([s[1] for s in still]), torch.stack([m[1] for m in moving]), dt]),

@@ -5,11 +5,10 @@ Two stages, because pictures carry the labels and clips carry the time:
 1. images: encoder and heads on single frames, with the Mamba blocks idle (they add nothing to what passes by them).
    The expression is a mix of FER+'s votes and the teachers' word (`soft_labels.npz`, of `affect-train-teachers`);
    colour photographs have the teachers' word and one volunteer's. Action units and eye closure are blendshapes. No clip
-   is seen here, so that any clip can be left out below. Every epoch sees the size of the device: epochs of 80-pixel
-   pictures cost two thirds of the time and taught much less.
+   is seen here, so that any clip can be left out below. Every epoch sees the size of the device.
 2. sequences: encoder and heads are frozen, the encoder's features stored; the Mamba blocks learn what the frames before
    add to a frame: to hold a judgement through noise, and the two-sided smoothing of the teachers' word over clips
-   (`recipes.sequences`).
+   (`recipes.sequences`). A gain and a bias for each action unit are fitted to the clips.
 
 Validation uses the public FER+ test split, faces enlarged as they are, one step from the initial state.
 """
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from affect_export.models.checkpoint import save_model
 from affect_export.models.student import Student, StudentConfig
 from affect_export.recipes import data, labels, measure, sequences
-from affect_export.recipes.augment import Augmentation, View, crop_batch, plain
+from affect_export.recipes.augment import Augmentation, crop_batch, plain, view_of
 from affect_export.recipes.card import student_card
 from affect_export.recipes.soft_labels import SoftLabels, taught
 from affect_export.recipes.targets import Targets, multi_task_loss
@@ -93,11 +92,6 @@ class ImageBatch:
     targets: Targets
 
 
-def view_of(config: StudentConfig) -> View:
-    """What the student sees."""
-    return View(config.image_px, config.mean, config.std)
-
-
 def image_batches(sources: Sources, recipe: Recipe, config: StudentConfig, epoch: int) -> Iterator[ImageBatch]:
     """One pass over FER+'s training faces; photographs are drawn beside them."""
     generator = torch.Generator().manual_seed(recipe.seed * 1000 + epoch)
@@ -132,6 +126,7 @@ def image_loss(model: nn.Module, _averaged: nn.Module, batch: ImageBatch) -> dic
     return multi_task_loss({k: v[:, 0].float() for k, v in logits.items()}, batch.targets)
 
 
+@torch.no_grad()
 def predict(model: Student, faces: data.Faces, rows: Any, repeats: int = 1) -> dict[str, Any]:
     """Outputs for still faces: after `repeats` steps on the same picture from the initial state."""
     parts = []
@@ -194,11 +189,11 @@ def lessons_of(sources: Sources, recipe: Recipe) -> Sources:
 
 def train_images(model: Student, sources: Sources, recipe: Recipe, folder: Path) -> None:
     """The image stage, in place; leaves a model without memory, whose blocks add nothing yet."""
-    blocks = [*model.norms.parameters(), *model.blocks.parameters()]
     for block in model.blocks:
         torch.nn.init.zeros_(block.out_proj.weight)  # type: ignore[arg-type,union-attr]
-    for parameter in blocks:
-        parameter.requires_grad_(False)
+    idle = (model.norms, model.blocks)
+    for part in idle:
+        part.requires_grad_(False)
     model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lessons = lessons_of(sources, recipe)
     steps = int((~sources.fer[0].validation).sum()) // recipe.batch_fer
@@ -221,8 +216,8 @@ def train_images(model: Student, sources: Sources, recipe: Recipe, folder: Path)
         TrainingConfig(recipe.epochs, steps, recipe.learning_rate, recipe.weight_decay, bf16="auto"),
         folder,
     )
-    for parameter in blocks:
-        parameter.requires_grad_(True)
+    for part in idle:
+        part.requires_grad_(True)
 
 
 def build(

@@ -21,7 +21,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -352,8 +352,8 @@ class Teacher:
 
 
 TEACHERS = {
-    "face-resnet": Teacher(View(112, (0.4815, 0.4588, 0.4090), (256 / 255,) * 3), 12, 1e-3),
-    "face-large": Teacher(View(144, (0.4815, 0.4588, 0.4090), (256 / 255,) * 3), 10, 1e-3),
+    "face-resnet": Teacher(FACE_RESNET_VIEW, 12, 1e-3),
+    "face-large": Teacher(replace(FACE_RESNET_VIEW, image_px=144), 10, 1e-3),
     "lite0": Teacher(View(112, (127 / 255,) * 3, (128 / 255,) * 3), 7, 1e-3),
     "wide": Teacher(View(48), 12, 2e-3),
     "ms-vssm": Teacher(View(48), 8, 2e-3, 64, False),
