@@ -12,6 +12,7 @@ PYTEST_ARGS ?=
 SYSTEMS := mamba-va mamba-fer ag-ssm reno ms-vssm
 BIN := $(VENV)/bin
 ORACLE := build/oracle
+LITERT := build/litert
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install serves Python files from the tree, so only these make a new install necessary.
 INSTALL_INPUTS := pyproject.toml constraints.txt $(shell find cmake runtimes/native -type f)
@@ -27,7 +28,7 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 SAY_IF_NATIVE = $(BIN)/python -c 'from affect_runtimes import native; print(native.unavailable_reason() or "native step library: ready")'
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev oracle demo export test test-full-size check lint format wheel clean
+.PHONY: help install install-dev oracle litert demo export test test-arm64 test-full-size check lint format wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,7 +49,6 @@ $(VENV)/.installed: $(INSTALL_INPUTS) $(VENV)/.torch
 	@$(SAY_IF_NATIVE)
 	touch $@
 
-# The quantize extra is left out: no test needs nncf.
 # AFFECT_WERROR: a warning of the native library fails its build here, and test_native.py then fails for want of it.
 $(VENV)/.installed-dev: $(INSTALL_INPUTS) $(VENV)/.torch
 	AFFECT_WERROR=ON $(PIP) install -e '.[export,demo,systems,dev]'
@@ -69,15 +69,28 @@ $(ORACLE)/.installed: constraints.txt | $(VENV)/.installed-dev
 
 oracle: $(ORACLE)/.installed ## mamba-ssm's reference, on CPU, for the tests of tests/oracles: build/oracle
 
+# The converter of the target tflite and what it imports, a gigabyte, in a folder that only its tests see.
+$(LITERT)/.installed: requirements-litert.txt | $(VENV)/.installed-dev
+	rm -rf $(LITERT)
+	PIP_CONSTRAINT= $(PIP) install --no-deps --target $(LITERT) -r requirements-litert.txt
+	touch $@
+
+litert: $(LITERT)/.installed ## litert-torch, which converts for the target tflite: build/litert
+
 export: install ## the shipped student, exported and verified for this machine: out/bundles/student-cpu
-	$(BIN)/affect-export --target cpu --output out/bundles/student-cpu --force
+	$(BIN)/affect-export --target cpu --output out/bundles/student-cpu --report out/bundles/student-cpu-report --force
 
 demo: export ## the dashcam demo on a real clip: out/dashcam
 	$(BIN)/affect-dashcam --demo-clip --bundle out/bundles/student-cpu --output out/dashcam
 
-test: check oracle ## every check and every test
+test: check oracle litert ## every check and every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	PYTHONPATH=$(LITERT) $(BIN)/python -m pytest -m litert tests/export
 	$(MAKE) test-full-size
+
+test-arm64: install ## bundles on 64-bit Arm, emulated with qemu: wants Debian, and a network the first time
+	$(BIN)/affect-export --target cpu-arm64 --output build/arm64/bundles/student --force
+	VENV=$(VENV) tests/arm64/run.sh build/arm64/bundles/student sdk/affect_edge/bundles/*
 
 # One process each: together they would not fit into memory.
 test-full-size: install-dev ## the five systems exported at full size, one after the other

@@ -40,7 +40,7 @@ from affect_export.recipes import data, student
 from affect_export.recipes.augment import plain, view_of
 from affect_export.recipes.soft_labels import SoftLabels
 from affect_export.recipes.teachers import Lite0, lite0, start_from
-from affect_export.targets.cpu import write_onnx
+from affect_export.targets.onnx import write_onnx
 from affect_runtimes.manifest import Graph
 from affect_runtimes.onnxruntime import OnnxRuntimeEngine
 
@@ -54,12 +54,14 @@ class RepConv(nn.Module):
         super().__init__()
         self.wide = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.wide_norm = nn.BatchNorm2d(outputs)
-        self.point = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        # On every second pixel, rather than with a stride: torch 2.13 crashes in the backward pass of a 1x1 convolution
+        # of three channels, channels last, with a stride.
+        self.stride, self.point = stride, nn.Conv2d(inputs, outputs, 1, bias=False)
         self.point_norm = nn.BatchNorm2d(outputs)
         self.same_norm = nn.BatchNorm2d(outputs) if stride == 1 and inputs == outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.wide_norm(self.wide(x)) + self.point_norm(self.point(x))
+        y = self.wide_norm(self.wide(x)) + self.point_norm(self.point(x[:, :, :: self.stride, :: self.stride]))
         return torch.relu(y if self.same_norm is None else y + self.same_norm(x))
 
     def fused(self) -> nn.Sequential:

@@ -24,7 +24,7 @@ from affect_export.models import scan
 from affect_export.models.ms_vssm import MSVSSM, MSVSSMConfig
 from affect_export.models.ss2d import PATHS, SS2D, SS2DConfig
 from affect_export.targets.base import GraphSource
-from affect_export.targets.cpu import write_onnx
+from affect_export.targets.onnx import write_onnx
 from affect_runtimes.interface import Tensor as Described
 
 

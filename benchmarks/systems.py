@@ -25,7 +25,7 @@ from affect_export.export import export_model
 from affect_export.models.base import AffectModel
 from affect_export.models.checkpoint import load_model
 from affect_export.targets import TARGETS
-from affect_export.targets.cpu import write_onnx
+from affect_export.targets.onnx import write_onnx
 
 WINDOWS = {"mamba-va": 300, "ag-ssm": 256, "mamba-fer": 16}
 # Full size but for the encoders, which are not timed: one layer each saves gigabytes.
@@ -110,9 +110,9 @@ def main() -> None:
         full = load_model(name, random_weights=True, changes=SHALLOW[name]).model
         size = sum(4 * int(np.prod(s.sized(1))) for s in full.all_states())
         with tempfile.TemporaryDirectory() as folder:
-            target, bundle = TARGETS["cpu"], Path(folder) / "bundle"
+            target, bundle = TARGETS["onnx"], Path(folder) / "bundle"
             checkpoint = load_model(name, preset="tiny", random_weights=True)
-            export_model(checkpoint, target, bundle, bounds=target.bounds, parity_steps=3)
+            export_model(checkpoint, target, bundle, parity_steps=3)
             command = [sys.executable, "-c", MEMORY, str(bundle), str(options.steps)]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         print(f"{name:10} {size:>9,}   {said}", flush=True)

@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny student; tests that change it use `bundle_folder`."""
     folder = tmp_path_factory.mktemp("exported") / "bundle"
-    export_model(checkpoint, TARGETS["cpu"], folder, bounds=TARGETS["cpu"].bounds)
+    export_model(checkpoint, TARGETS["onnx"], folder)
     return folder
 
 

@@ -14,6 +14,7 @@ NOT_AT_IMPORT = {
     "tensorflow",
     "safetensors",
     "onnxruntime",
+    "ai_edge_litert",
     "cv2",
     "matplotlib",
     "rich",

@@ -1,8 +1,11 @@
 """What the workstation's commands share: exit codes, and a word about libraries that are missing."""
 
 import importlib.util
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 
 from affect_runtimes.errors import AffectError, InputError, MissingDependencyError
 
@@ -10,7 +13,13 @@ __all__ = ["exit_code", "require"]
 
 
 def exit_code(command: str, run: Callable[[], object]) -> int:
-    """Runs a command: 0 done, 1 refused (parity, integrity, missing library), 2 usage; says why on stderr."""
+    """Runs a command: 0 done, 1 refused (parity, integrity, missing library), 2 usage; says why on stderr.
+
+    A command that is told to stop tidies up first, as one that fails does.
+    """
+    # Only the main thread may; a command that runs in another one is stopped by whoever started it.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     try:
         run()
     except InputError as error:
@@ -19,7 +28,18 @@ def exit_code(command: str, run: Callable[[], object]) -> int:
     except AffectError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        # A full disk, a folder without permission: nothing a traceback would explain better.
+        print(f"{command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{command}: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def require(*modules: str) -> None:

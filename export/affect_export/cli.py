@@ -6,14 +6,20 @@ Exit codes: 0 done, 1 refused (parity, integrity, missing library), 2 usage.
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affect_export._commands import exit_code, require
 
 if TYPE_CHECKING:
+    from affect_export.calibration import Calibration
     from affect_export.export import ExportResult
     from affect_export.models.checkpoint import Checkpoint
+    from affect_export.quantization import Quantized
+    from affect_export.targets import Target
+    from affect_quantize.gate import ParitySequence
 
 __all__ = ["main", "train_face_main", "train_mamba_va_main", "train_student_main", "train_teachers_main"]
 
@@ -41,6 +47,38 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--random-weights", action="store_true", help="no checkpoint: random weights, for tests and timing only"
     )
+    parser.add_argument(
+        "--precision", choices=["int8", "fp16", "fp32"], help="of convolutions and linear layers; default: the target's"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="PATH",
+        help="for int8: a folder of faces, clips and sequences like those the model will see (as affect-distill reads "
+        "them), or a file of --save-calibration; default: NAME.calibration.json beside the checkpoint",
+    )
+    parser.add_argument(
+        "--save-calibration",
+        type=Path,
+        metavar="FILE",
+        help="keep what --calibration FOLDER measured, without the data",
+    )
+    parser.add_argument(
+        "--parity-data",
+        type=Path,
+        metavar="FOLDER",
+        help="hold the bundle to the float model on these faces, clips and sequences, too, none of which was "
+        "calibrated on; with labels.csv in it (file, frame, and a column an output), also by what its scores lose",
+    )
+    parser.add_argument(
+        "--detector",
+        type=Path,
+        metavar="FILE",
+        help="YuNet's ONNX file, where the pictures of those folders are whole ones and not face crops",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="draw what each layer costs in INT8, and say what stayed in float"
+    )
     parser.add_argument("--output", type=Path, help="folder of the bundle; default: ./MODEL-TARGET")
     parser.add_argument("--force", action="store_true", help="replace a bundle that is already in --output")
     parser.add_argument("--dry-run", action="store_true", help="build and compare, but write nothing")
@@ -56,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="frames of the parity clip to compare over; default: all 120, or 3 above 20 million parameters",
     )
+    parser.add_argument(
+        "--full-parity", action="store_true", help="try the recurrent half over 100,000 steps instead of 2,000"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
     return parser
 
 
@@ -71,8 +113,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
     if arguments.list_targets:
         for target in TARGETS.values():
-            held = ", ".join(f"{b.output} {b.metric} {b.limit:g}" for b in target.bounds)
-            print(f"{target.name:16} {target.summary}; held to {held}")
+            print(f"{target.name:16} {target.summary}")
+            for precision, bounds in target.bounds.items():
+                held = ", ".join(f"{b.output} {b.metric} {b.limit:g}" for b in bounds)
+                print(f"{'':16} {precision}: held to {held}")
         return
     if arguments.list_models:
         require("torch")
@@ -83,22 +127,100 @@ def _run(arguments: argparse.Namespace) -> None:
     target = find_target(arguments.target)
     require("torch", "onnx", "onnxscript", "safetensors")
     from affect_export.export import check_output_folder, export_model, tighten
+    from affect_export.layer_report import write_report
     from affect_export.models import find_model
 
     find_model(arguments.model)
-    bounds = tighten(target.bounds, arguments.max_drop)
+    precision = target.precision(arguments.precision)
+    bounds = tighten(target.bounds[precision], arguments.max_drop)
+    if arguments.report is not None:
+        require("matplotlib")
+        if not (target.calibrated and precision == "int8"):
+            raise InputError(f"--report: {target.name} in {precision} has no layers that could stay in float")
     output = arguments.output or Path(f"{arguments.model}-{target.name}")
     check_output_folder(output, arguments.force)
-    result = export_model(
-        _checkpoint(arguments),
-        target,
-        output,
-        bounds=bounds,
-        force=arguments.force,
-        dry_run=arguments.dry_run,
-        parity_steps=arguments.parity_steps,
+    checkpoint = _checkpoint(arguments)
+    with _progress(arguments.json) as progress:
+        calibration = _calibration(arguments, checkpoint, target, precision, progress)
+        own = _own_sequences(arguments, checkpoint, progress)
+        result = export_model(
+            checkpoint,
+            target,
+            output,
+            precision=precision,
+            bounds=bounds,
+            calibration=calibration,
+            own=own,
+            force=arguments.force,
+            dry_run=arguments.dry_run,
+            parity_steps=arguments.parity_steps,
+            full_parity=arguments.full_parity,
+            progress=progress,
+        )
+    if arguments.report is not None:
+        write_report(result, arguments.report)
+    if arguments.json:
+        print(json.dumps(_as_json(result), indent=1))
+    else:
+        _print_result(result)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """What is going on now, on a line that is gone afterwards; nothing where nobody looks."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda stage: None
+        return
+    with console.status("reading") as status:
+        yield lambda stage: status.update(stage)
+
+
+def _calibration(
+    arguments: argparse.Namespace,
+    checkpoint: "Checkpoint",
+    target: "Target",
+    precision: str,
+    progress: Callable[[str], None],
+) -> "Calibration | None":
+    from affect_export.calibration import FRAMES, HELD, calibrate, load_calibration
+    from affect_export.own_data import check_apart, read_folder
+    from affect_runtimes.errors import InputError
+
+    path: Path | None = arguments.calibration
+    if not (target.calibrated and precision == "int8"):
+        if path is not None:
+            raise InputError(f"--calibration is of no use to {target.name} in {precision}")
+        return None
+    if path is None or path.is_file():
+        if arguments.save_calibration is not None:
+            raise InputError("--save-calibration needs --calibration FOLDER")
+        return None if path is None else load_calibration(path, checkpoint.sha256)
+    progress(f"reading {path}")
+    if arguments.parity_data is not None:
+        check_apart(path, arguments.parity_data, ("--calibration", "--parity-data"))
+    sequences = read_folder(
+        checkpoint.model, path, "--calibration", arguments.detector, most=FRAMES, held=HELD, together=16
     )
-    _print_result(result)
+    progress("calibrating")
+    found = calibrate(checkpoint, sequences, path.name)
+    if arguments.save_calibration is not None:
+        found.save(arguments.save_calibration)
+    return found
+
+
+def _own_sequences(
+    arguments: argparse.Namespace, checkpoint: "Checkpoint", progress: Callable[[str], None]
+) -> "list[ParitySequence]":
+    from affect_export.own_data import read_folder
+
+    path: Path | None = arguments.parity_data
+    if path is None:
+        return []
+    progress(f"reading {path}")
+    return read_folder(checkpoint.model, path, "--parity-data", arguments.detector)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> "Checkpoint":
@@ -192,25 +314,78 @@ def train_face_main(argv: list[str] | None = None) -> int:
     return train_face(argv)
 
 
+def _as_json(result: "ExportResult") -> dict[str, Any]:
+    return {
+        "path": None if result.path is None else str(result.path),
+        "model": result.model,
+        "target": result.target,
+        "precision": result.precision,
+        "size_bytes": result.size_bytes,
+        "graph_bytes": {role: {"fp32": a, result.precision: b} for role, (a, b) in result.graph_bytes.items()},
+        "formats": result.formats,
+        "times_ms": {name: {"p50": p50, "p99": p99} for name, (p50, p99) in result.times_ms.items()},
+        "comparisons": result.report.to_json(),
+        "quantization": None if result.quantized is None else result.quantized.to_json(),
+    }
+
+
 def _print_result(result: "ExportResult") -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from affect_quantize.gate import LABELS
 
     console = Console()
-    worst = {"max_abs": max, "ccc": min, "agreement": min}
-    table = Table(title="against the float model", title_justify="left")
-    table.add_column("comparison")
-    for metric in worst:
-        table.add_column(f"worst {metric}", justify="right")
+    worst = {"max_abs": max, "ccc": min, "least_ccc": min, "agreement": min}
+    table = _table("against the float model: the worst of each", "comparison", *worst)
     for name, figures in result.report.comparisons.items():
+        if name == LABELS:
+            continue
         cells = []
         for metric, pick in worst.items():
-            values = [f.value for f in figures if f.metric == metric and f.limit is not None]
+            values = [f.value for f in figures if f.metric == metric]
             cells.append(f"{pick(values):.3g}" if values else "")
         table.add_row(name, *cells)
     console.print(table)
+    if scores := result.report.comparisons.get(LABELS):
+        table = _table(LABELS, "output", "figure", "value", "bound")
+        for f in scores:
+            table.add_row(f.output, f.metric, f"{f.value:.4f}", "" if f.limit is None else f"{f.limit:g}")
+        console.print(table)
+    table = _table("graphs", "graph", "fp32", result.precision, "formats", "ms here, p50", "p99")
+    for (role, (before, after)), (p50, p99) in zip(result.graph_bytes.items(), result.times_ms.values(), strict=True):
+        formats = ", ".join(f"{kind} {form}" for kind, form in result.formats[role].items())
+        table.add_row(role, f"{before / 1e6:.2f} MB", f"{after / 1e6:.2f} MB", formats, f"{p50:.2f}", f"{p99:.2f}")
+    console.print(table)
+    if result.quantized is not None:
+        _print_layers(console, result.quantized)
     place = "dry run: nothing written" if result.path is None else f"written to {result.path}"
-    console.print(f"every bound held; {result.size_bytes / 1e6:.2f} MB; {place}", soft_wrap=True)
+    console.print(f"every bound held; {result.precision}; {result.size_bytes / 1e6:.2f} MB; {place}", soft_wrap=True)
+    if result.path is not None:
+        console.print(f"on the device: affect-verify {result.path} && affect-bench {result.path}", soft_wrap=True)
+
+
+def _print_layers(console: Any, quantized: "Quantized") -> None:
+    table = _table(
+        "layers", "graph", "kind", "INT8", "float", "worst layer alone", "its error, of the spread", "of output"
+    )
+    for role, kind in dict.fromkeys((c.role, c.layer.kind) for c in quantized.costs):
+        these = [c for c in quantized.costs if (c.role, c.layer.kind) == (role, kind)]
+        kept = [c for c in these if (role, c.layer.name) in quantized.keep]
+        worst = max(these, key=lambda c: c.worst)
+        counts = (f"{len(these) - len(kept)}", f"{len(kept)}")
+        table.add_row(role, kind, *counts, worst.layer.name, f"{worst.worst:.2%}", worst.worst_output)
+    console.print(table)
+    for role, layer in sorted(quantized.keep):
+        console.print(f"stays in float, as the gate was not kept otherwise: {role} {layer}", soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    return table
 
 
 if __name__ == "__main__":

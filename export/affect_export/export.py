@@ -1,17 +1,13 @@
 """From a float model to a verified bundle: built in a scratch folder, held to its bounds, then moved into place."""
 
 import contextlib
-import hashlib
-import importlib.metadata
-import io
 import json
 import os
-import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +16,68 @@ import torch
 from numpy.typing import NDArray
 
 from affect_export import graphs
+from affect_export.assembly import VERIFY_STEPS, Verification, assemble, record
+from affect_export.calibration import Calibration, load_calibration, noise_calibration
 from affect_export.models.base import AffectModel
 from affect_export.models.checkpoint import Checkpoint
-from affect_export.parity_data import (
-    CLIP_STEPS,
-    NAME,
-    clip_inputs,
-    feature_sequence,
-    parity_sequences,
-    prepared,
-)
-from affect_export.targets import Target
-from affect_quantize.gate import GateReport, ParitySequence, check_parity
-from affect_runtimes.bundle import Bundle
+from affect_export.parity_data import CLIP_STEPS, drift_sequence, parity_sequences
+from affect_export.quantization import Quantized, quantize
+from affect_export.targets import Plan, Target, WrittenGraph
+from affect_quantize.gate import Gate, GateReport, ParitySequence
 from affect_runtimes.compare import Bound
 from affect_runtimes.errors import InputError, ParityError
-from affect_runtimes.manifest import SCHEMA, to_text
 from affect_runtimes.model import BundleModel
-from affect_runtimes.verify import replay
+from affect_runtimes.verify import recorded_inputs, replay
 
-__all__ = [
-    "FEATURE_STEPS",
-    "VERIFY_STEPS",
-    "ExportResult",
-    "check_output_folder",
-    "default_card",
-    "export_model",
-    "tighten",
-]
+__all__ = ["DRIFT_STEPS", "FULL_DRIFT_STEPS", "ExportResult", "check_output_folder", "export_model", "tighten"]
 
-VERIFY_STEPS = 64
-FEATURE_STEPS = 200
+DRIFT_STEPS, FULL_DRIFT_STEPS = 2_000, 100_000
+_DRIFT_STEPS_OF_LARGE = 200
 _SMALL = 20_000_000  # parameters
 _STEPS_OF_LARGE = 3
+_TIMED_RUNS = 100
 _MARKER = "manifest.json"
+_SCRATCH = ".unfinished"
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where the bundle is (None after a dry run), how large, and what was measured."""
+    """What came of an export.
+
+    Attributes:
+        path: of the bundle; None after a dry run.
+        model: its name.
+        target: its target's name.
+        precision: of convolutions and linear layers.
+        size_bytes: of the bundle.
+        graph_bytes: role -> size of the graph in fp32 and as it is in the bundle, weights included.
+        formats: role -> kind of layer -> number format.
+        times_ms: graph -> median and 99th percentile of one run on one thread of this machine, one stream.
+        report: of the gate.
+        quantized: what was done for INT8, where layers were chosen.
+    """
 
     path: Path | None
+    model: str
+    target: str
+    precision: str
     size_bytes: int
+    graph_bytes: Mapping[str, tuple[int, int]]
+    formats: Mapping[str, Mapping[str, str]]
+    times_ms: Mapping[str, tuple[float, float]]
     report: GateReport
+    quantized: Quantized | None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What `_write` left: the folder of the fp32 graphs, these, those of the bundle, and what the gate said."""
+
+    source: Path
+    floats: list[WrittenGraph]
+    written: list[WrittenGraph]
+    report: GateReport
+    quantized: Quantized | None
 
 
 def tighten(bounds: Sequence[Bound], max_drop: float | None) -> tuple[Bound, ...]:
@@ -122,10 +137,15 @@ def export_model(
     target: Target,
     output: Path,
     *,
-    bounds: Sequence[Bound],
+    precision: str | None = None,
+    bounds: Sequence[Bound] | None = None,
+    calibration: Calibration | None = None,
+    own: Sequence[ParitySequence] = (),
     force: bool = False,
     dry_run: bool = False,
     parity_steps: int | None = None,
+    full_parity: bool = False,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportResult:
     """Writes a bundle, or nothing.
 
@@ -136,39 +156,91 @@ def export_model(
         checkpoint: the float model.
         target: where the bundle is to run.
         output: the bundle's folder.
-        bounds: of the target, perhaps tightened.
+        precision: one of the target's; None is its default.
+        bounds: of the target, perhaps tightened; None is as they are.
+        calibration: for INT8; None is the checkpoint's own, and, of random weights, one over noise.
+        own: sequences to be held to beside the default ones, perhaps with labels (`own_data.read_folder`).
         force: replace a bundle that is there.
         dry_run: do everything but the move.
         parity_steps: frames of the clip to compare over; None is all of them, or three for a model of over 20 million
             parameters, whose recurrent half is then tried on features alone for longer.
+        full_parity: try the recurrent half over 100,000 steps instead of 2,000.
+        progress: told each stage as it begins.
 
     Raises:
-        InputError: see `check_output_folder`.
+        InputError: see `check_output_folder`; a precision that the target lacks; INT8 without a calibration.
         ParityError: a bound was missed; nothing is left behind.
     """
+    precision = target.precision(precision)
+    bounds = target.bounds[precision] if bounds is None else bounds
     check_output_folder(output, force)
     # Of a single step no correlation can be told.
     if parity_steps is not None and not 2 <= parity_steps <= CLIP_STEPS:
         raise InputError(f"a parity run has 2 to {CLIP_STEPS} steps; asked for {parity_steps}")
+    calibrated = precision == "int8" and target.calibrated
+    if calibration is not None and not calibrated:
+        raise InputError(f"a calibration is of no use here: {target.name} in {precision} takes none")
+    if calibrated and calibration is None and checkpoint.calibration is not None:
+        calibration = load_calibration(checkpoint.calibration, checkpoint.sha256)
+    if calibrated and calibration is None and checkpoint.trained:
+        raise InputError(
+            f"INT8 needs to see what {checkpoint.name} sees: give --calibration FOLDER with a few hundred faces, clips "
+            "or sequences that parity is not measured on, or ask for --precision fp32"
+        )
     parent = output.absolute().parent
     with contextlib.nullcontext() if dry_run else _folder_for(parent):
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=None if dry_run else parent))
+        if not dry_run:
+            _sweep(parent, output.name)
+        mark = f".{output.name}.{os.getpid()}."
+        scratch = Path(tempfile.mkdtemp(prefix=mark, suffix=_SCRATCH, dir=None if dry_run else parent))
         try:
             folder = scratch / "bundle"
             folder.mkdir()
-            report = _write(checkpoint, target, bounds, folder, parity_steps)
-            if not report.passed:
-                missed = "; ".join(f"{where}: {figure}" for where, figure in report.failures)
+            drift = FULL_DRIFT_STEPS if full_parity else DRIFT_STEPS
+            made = _write(
+                checkpoint, target, precision, bounds, calibration, own, folder, parity_steps, drift, progress
+            )
+            if not made.report.passed:
+                raise ParityError(_refusal(target, precision, made.report, made.quantized))
+            if made.quantized is not None and len(made.quantized.keep) == len(made.quantized.costs):
                 raise ParityError(
-                    f"the {target.name} bundle is not the float model any more, nothing was written: {missed}"
+                    f"the {target.name} bundle keeps its bounds only with every layer in float, nothing was written; "
+                    "export it with --precision fp32, or calibrate on more of what the model will see"
                 )
-            size = Bundle.open(folder).size_bytes
-            if dry_run:
-                return ExportResult(None, size, report)
-            _publish(folder, output)
-            return ExportResult(output, size, report)
+            progress("timing")
+            model = BundleModel(folder, any_machine=True)
+            result = ExportResult(
+                None if dry_run else output,
+                checkpoint.name,
+                target.name,
+                precision,
+                model.bundle.size_bytes,
+                {
+                    g.source.role: (_graph_bytes(g, made.source), _graph_bytes(w, folder))
+                    for g, w in zip(made.floats, made.written, strict=True)
+                },
+                {g.role: dict(g.precision) for g in model.bundle.manifest.graphs},
+                _times_ms(model),
+                made.report,
+                made.quantized,
+            )
+            if not dry_run:
+                _publish(folder, output)
+            return result
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refusal(target: Target, precision: str, report: GateReport, quantized: Quantized | None) -> str:
+    missed = "; ".join(f"{where}: {figure}" for where, figure in report.failures)
+    words = f"the {target.name} bundle in {precision} is not the float model any more, nothing was written: {missed}"
+    if quantized is None:
+        return words
+    outputs = {figure.output for _, figure in report.failures}
+    costs = [(max(c.errors[o] for o in outputs & set(c.errors) or set(c.errors)), c) for c in quantized.costs]
+    worst = sorted(costs, key=lambda pair: pair[0], reverse=True)[:3]
+    named = ", ".join(f"{c.role} {c.layer.name} ({error:.1%})" for error, c in worst)
+    return f"{words}. The layers that cost these outputs most in INT8, as share of their spread: {named}"
 
 
 @contextlib.contextmanager
@@ -197,6 +269,27 @@ def _folder_for(parent: Path) -> Iterator[None]:
         raise
 
 
+def _sweep(parent: Path, name: str) -> None:
+    """Removes what exports of the same bundle left that were killed outright."""
+    for left in parent.iterdir():
+        if left.name.startswith(f".{name}.") and left.name.endswith(_SCRATCH):
+            number = left.name.removeprefix(f".{name}.").partition(".")[0]
+            if number.isdecimal() and not _runs(int(number)):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":
+        return True  # asking would end it there
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
 def _publish(folder: Path, output: Path) -> None:
     folder.chmod(0o755)
     if output.is_dir() and any(output.iterdir()):
@@ -214,149 +307,99 @@ def _publish(folder: Path, output: Path) -> None:
 
 
 def _write(
-    checkpoint: Checkpoint, target: Target, bounds: Sequence[Bound], folder: Path, steps: int | None
-) -> GateReport:
+    checkpoint: Checkpoint,
+    target: Target,
+    precision: str,
+    bounds: Sequence[Bound],
+    calibration: Calibration | None,
+    own: Sequence[ParitySequence],
+    folder: Path,
+    steps: int | None,
+    drift_steps: int,
+    progress: Callable[[str], None],
+) -> "_Made":
     model = checkpoint.model
-    inputs, parameters = model.inputs(), sum(p.numel() for p in model.parameters())
+    large = sum(p.numel() for p in model.parameters()) > _SMALL
     if steps is None:
-        steps = CLIP_STEPS if parameters <= _SMALL else _STEPS_OF_LARGE
-    written = target.builder(graphs.graph_sources(model), folder)
-    (folder / "verify.npz").write_bytes(_verification(model, min(VERIFY_STEPS, steps)))
-    (folder / "MODEL_CARD.md").write_text(checkpoint.card or default_card(checkpoint))
-    here = platform.machine() in target.arch
-    clock = model.clock()
-    manifest: dict[str, Any] = {
-        "schema": SCHEMA,
-        "model": {
-            "name": checkpoint.name,
-            "version": checkpoint.version,
-            "weights_sha256": checkpoint.sha256,
-            "trained": checkpoint.trained,
-            "licence": checkpoint.licence,
-            "parameters": parameters,
-            "config": model.config.to_json(),
-        },
-        "inputs": [i.to_json() for i in inputs],
-        "outputs": [o.to_json() for o in model.outputs()],
-        "states": [s.to_json() for s in model.all_states()],
-        "clock": asdict(clock),
-        "graphs": [
-            {
-                "role": g.source.role,
-                "file": g.file,
-                "sha256": _sha256(folder / g.file),
-                **({} if g.data is None else {"data": g.data}),
-                "precision": g.precision,
-                "inputs": [t.to_json() for t in g.source.inputs],
-                "outputs": [t.to_json() for t in g.source.outputs],
-            }
-            for g in written
-        ],
-        "target": {
-            "name": target.name,
-            "engine": target.engine,
-            "arch": list(target.arch),
-            "made_with": {name: importlib.metadata.version(name) for name in target.libraries},
-            "verified_on_target": here,
-        },
-        "parity": {"data": f"{NAME}, {steps} steps", "bounds": [asdict(b) for b in bounds], "figures": []},
-    }
-    data = [g.data for g in written if g.data is not None]
-    # The gate runs what a device will run, so a manifest must stand before the figures are known: measured first
-    # through a provisional one, then written with them.
-    _finish(folder, manifest, {"figures": []}, data)
-    artefact = BundleModel(Bundle.open(folder))
-    sequences = parity_sequences(inputs, steps)
-    length = FEATURE_STEPS if model.states() else FEATURE_STEPS // 10  # without a memory there is no drift to find
-    sequences.append(feature_sequence(_features(model, sequences[0]), length, 2))
-    report = check_parity(
-        lambda given, dt: graphs.run_step_form(model, given, dt),
-        lambda given, dt: graphs.run_bundle(artefact, given, dt),
+        steps = _STEPS_OF_LARGE if large else CLIP_STEPS
+    progress("float graphs")
+    source = folder if precision != "int8" else folder.with_name("float")
+    source.mkdir(exist_ok=True)
+    floats = written = target.builder(graphs.graph_sources(model), source)
+    progress("the float model over the parity set")
+    verification = Verification(model, min(VERIFY_STEPS, steps))
+    sequences = [*parity_sequences(model.inputs(), steps), verification.sequence, *own]
+    if not model.states():
+        drift_steps = 2  # without a memory there is no drift to find
+    elif large:
+        drift_steps = min(drift_steps, _DRIFT_STEPS_OF_LARGE)
+    sequences.append(drift_sequence(_features(model, sequences[0]), drift_steps))
+    gate = Gate(
+        lambda given: graphs.run_step_form(model, given),
         sequences,
         graphs.output_kinds(model),
-        bounds,
-        lambda given, dt: graphs.run_sequence_form(model, given, dt),
+        lambda given: graphs.run_sequence_form(model, given),
     )
-    figures = [f.to_json() for f in report.comparisons[NAME]]
-    manifest["parity"]["figures"] = figures
-    _finish(
-        folder,
-        manifest,
-        {
-            "data": NAME,
-            "steps": steps,
-            "made": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "machine": {"arch": platform.machine(), "system": platform.system()},
-            "figures": figures,
-            "comparisons": report.to_json(),
-        },
-        data,
-    )
+
+    def attempt(graphs_there: list[WrittenGraph]) -> GateReport:
+        bundle = assemble(checkpoint, target, precision, bounds, graphs_there, verification, folder)
+        return gate.check(lambda given: graphs.run_bundle(bundle, given), bounds)
+
+    quantized = None
+    if precision == "int8" and not target.calibrated:
+        assert target.quantizer is not None
+        progress("INT8, held to the float model")
+        written = target.quantizer(floats, source, folder, Plan({}))
+        report = attempt(written)
+    elif precision == "int8":
+        if calibration is None:
+            progress("calibration over noise, as the weights are random")
+            calibration = noise_calibration(checkpoint, floats, source)
+        progress("INT8, held to the float model")
+        quantized = quantize(model, target, floats, source, folder, calibration, attempt)
+        written, report = quantized.written, quantized.report
+    else:
+        progress(f"{precision}, held to the float model")
+        report = attempt(written)
+    record(folder, report, steps, {} if quantized is None else {"quantization": quantized.to_json()})
     if report.passed:
-        replay(artefact)
-    return report
+        replay(BundleModel(folder, any_machine=True))
+    return _Made(source, floats, written, report, quantized)
+
+
+def _graph_bytes(graph: WrittenGraph, folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in (graph.file, graph.data) if name is not None)
+
+
+def _times_ms(model: BundleModel) -> dict[str, tuple[float, float]]:
+    """Median and 99th percentile of encode and of step over what the bundle recorded; after one for warming up."""
+    dt, given = recorded_inputs(model)
+    image = model.bundle.manifest.image
+    state, spent = model.initial_state(1), []
+    for t in [0, *np.resize(np.arange(len(dt)), _TIMED_RUNS)]:
+        inputs = {name: values[t][None] for name, values in given.items()}
+        if image is not None:
+            inputs[image.name] = model.normalise(inputs[image.name])
+        seen, rings = model.perceive(inputs, state)
+        began = time.perf_counter()
+        features = model.encode(seen)
+        encoded = time.perf_counter()
+        _, state = model.step_features(features, state, dt[t : t + 1], rings)
+        spent.append((encoded - began, time.perf_counter() - encoded))
+    ms = 1e3 * np.array(spent[1:])
+    return {
+        name: (float(np.median(column)), float(np.percentile(column, 99)))
+        for name, column in zip(("encode", "step"), ms.T, strict=True)
+    }
 
 
 def _features(model: AffectModel, sequence: ParitySequence) -> dict[str, NDArray[Any]]:
-    """The encoder's features over the first moments of a sequence's first stream."""
+    """The encoder's features over a sequence's first stream."""
     state, found = model.initial_state(1), []
     with torch.no_grad():
-        for t in range(min(3, len(sequence.dt))):
+        for t in range(len(sequence.dt)):
             moment = {k: torch.from_numpy(v[t, :1]) for k, v in sequence.inputs.items()}
             seen, rings = model.perceive(moment, state)
             state |= rings
             found.append({k: v.numpy()[0] for k, v in model.encode(seen).items()})
     return {k: np.stack([f[k] for f in found]) for k in found[0]}
-
-
-def _verification(model: AffectModel, steps: int) -> bytes:
-    """verify.npz: raw inputs, dt, and what the float model makes of them, step by step."""
-    inputs = model.inputs()
-    raw = clip_inputs(inputs, steps)
-    even = steps * 3 // 4  # the rest has uneven times
-    dt = np.concatenate([np.ones(even), np.linspace(0.5, 3.0, steps - even)]).astype(np.float32)
-    given = {k: v[:, None] for k, v in prepared(inputs, raw).items()}
-    outputs, states = graphs.run_step_form(model, given, dt[:, None])
-    arrays: dict[str, NDArray[Any]] = {f"input.{k}": v for k, v in raw.items()} | {"dt": dt}
-    arrays |= {f"output.{k}": v for k, v in outputs.items()} | {f"state.{k}": v for k, v in states.items()}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def _finish(folder: Path, manifest: dict[str, Any], parity: dict[str, Any], data: Sequence[str]) -> None:
-    (folder / "parity.json").write_text(json.dumps(parity, indent=1) + "\n")
-    known = manifest.get("files", {})
-    # Gigabytes of weights are hashed once.
-    manifest["files"] = {name: known.get(name) or _sha256(folder / name) for name in data}
-    manifest["files"] |= {name: _sha256(folder / name) for name in ("verify.npz", "parity.json", "MODEL_CARD.md")}
-    path = folder / "manifest.json"
-    path.write_text(to_text(manifest))
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def default_card(checkpoint: Checkpoint) -> str:
-    """The model card of a checkpoint that brings none: what is known of it, and what is not."""
-    published = checkpoint.model.PUBLISHED
-    paper = f"\n## What the paper reports\n\nOf its own weights, not of these: {published}\n" if published else ""
-    if not checkpoint.trained:
-        return (
-            f"# {checkpoint.name} {checkpoint.version}: RANDOM WEIGHTS\n\n"
-            "These weights were never trained. The outputs mean nothing; the bundle serves tests and timing only.\n"
-            + paper
-        )
-    return (
-        f"# {checkpoint.name} {checkpoint.version}\n\n"
-        f"Exported from a checkpoint with sha256 {checkpoint.sha256}; licence: {checkpoint.licence}. It came without a "
-        "model card, so what it was trained on, what it is for and how well it does are not known here. Write "
-        "MODEL_CARD.md beside the checkpoint and export again.\n"
-        + paper
-        + "\n## What the outputs are not\n\nA feeling, a diagnosis, or evidence. Inferring emotions at work or in "
-        "education is prohibited in the EU except for medical or safety reasons (AI Act, article 5(1)(f)).\n"
-    )

@@ -15,7 +15,7 @@ from affect_export.models.base import AffectModel
 from affect_export.models.lora import LoRALinear, merge_lora
 from affect_export.models.tcn import fold_weight_norm, is_weight_normed
 from affect_export.targets.base import GraphSource
-from affect_quantize.gate import Trajectory, join_trajectories
+from affect_quantize.gate import ParitySequence, Trajectory, join_trajectories
 from affect_runtimes.interface import Tensor
 from affect_runtimes.model import BundleModel
 
@@ -85,42 +85,44 @@ def output_kinds(model: AffectModel) -> dict[str, str]:
     return {o.name: o.kind for o in model.outputs()}
 
 
-def run_step_form(model: AffectModel, inputs: Mapping[str, Array], dt: NDArray[np.float32]) -> Trajectory:
-    """The float model moment by moment from its initial state: inputs or features (T, B, ...), dt (T, B)."""
-    state = model.initial_state(dt.shape[1])
-    step = model.step_features if _are_features(model, inputs) else model.step
+def run_step_form(model: AffectModel, sequence: ParitySequence) -> Trajectory:
+    """The float model moment by moment from its initial state; a sequence of inputs, or of features."""
+    state = model.initial_state(sequence.dt.shape[1])
+    step = model.step_features if _are_features(model, sequence.inputs) else model.step
     outputs, states = [], []
     # Cached: weight norm would otherwise be computed anew at every step.
     with torch.no_grad(), parametrize.cached():
-        for t, interval in enumerate(dt):
-            moment = {k: torch.from_numpy(v[t]) for k, v in inputs.items()}
+        for t, interval in enumerate(sequence.dt):
+            moment = {k: torch.from_numpy(v[t]) for k, v in sequence.inputs.items()}
             out, following = step(moment, state, torch.from_numpy(interval))
             state = state | following
             outputs.append({k: v.numpy() for k, v in out.items()})
-            states.append({k: v.numpy() for k, v in state.items()})
+            if sequence.keeps(t):
+                states.append({k: v.numpy() for k, v in state.items()})
     return join_trajectories(outputs, states)
 
 
-def run_sequence_form(model: AffectModel, inputs: Mapping[str, Array], dt: NDArray[np.float32]) -> Trajectory:
+def run_sequence_form(model: AffectModel, sequence: ParitySequence) -> Trajectory:
     """The float model over the whole sequence at once; it has only the last state."""
-    form = model.forward_features if _are_features(model, inputs) else model.forward
+    form = model.forward_features if _are_features(model, sequence.inputs) else model.forward
     with torch.no_grad():
-        whole = {k: torch.from_numpy(np.ascontiguousarray(v.swapaxes(0, 1))) for k, v in inputs.items()}
-        out, state = form(whole, None, torch.from_numpy(np.ascontiguousarray(dt.T)))
+        whole = {k: torch.from_numpy(np.ascontiguousarray(v.swapaxes(0, 1))) for k, v in sequence.inputs.items()}
+        out, state = form(whole, None, torch.from_numpy(np.ascontiguousarray(sequence.dt.T)))
     outputs = {k: v.transpose(0, 1).numpy() for k, v in out.items()}
     return outputs, {k: v.numpy()[None] for k, v in state.items()}
 
 
-def run_bundle(model: BundleModel, inputs: Mapping[str, Array], dt: NDArray[np.float32]) -> Trajectory:
+def run_bundle(model: BundleModel, sequence: ParitySequence) -> Trajectory:
     """A bundle, the same way."""
-    state = model.initial_state(dt.shape[1])
+    state = model.initial_state(sequence.dt.shape[1])
     takes = {t.name for t in model.bundle.manifest.graph("encoder").outputs}
-    step = model.step_features if set(inputs) == takes else model.step
+    step = model.step_features if set(sequence.inputs) == takes else model.step
     outputs, states = [], []
-    for t, interval in enumerate(dt):
-        out, state = step({k: v[t] for k, v in inputs.items()}, state, interval)
+    for t, interval in enumerate(sequence.dt):
+        out, state = step({k: v[t] for k, v in sequence.inputs.items()}, state, interval)
         outputs.append(out)
-        states.append(state.arrays)
+        if sequence.keeps(t):
+            states.append(state.arrays)
     return join_trajectories(outputs, states)
 
 

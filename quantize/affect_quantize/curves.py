@@ -8,9 +8,9 @@ from pathlib import Path
 from affect_quantize.files import replacing
 from affect_runtimes.errors import MissingDependencyError
 
-__all__ = ["Panel", "draw_curves", "require_matplotlib"]
+__all__ = ["PX_PER_INCH", "Panel", "draw_curves", "require_matplotlib"]
 
-_PX_PER_INCH = 110
+PX_PER_INCH = 110
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def require_matplotlib() -> None:
         MissingDependencyError: matplotlib is not installed; the message has the pip line.
     """
     if find_spec("matplotlib") is None:
-        raise MissingDependencyError("curves need matplotlib: pip install 'affect-edge[quantize]'")
+        raise MissingDependencyError("pictures need matplotlib: pip install 'affect-edge[export]'")
 
 
 def draw_curves(rows: Sequence[Sequence[Panel]], path: Path, title: str = "") -> None:
@@ -77,4 +77,4 @@ def draw_curves(rows: Sequence[Sequence[Panel]], path: Path, title: str = "") ->
     if title:
         figure.suptitle(title, fontsize=11)
     with replacing(path) as part, part.open("wb") as file:
-        canvas.figure.savefig(file, format="png", dpi=_PX_PER_INCH)
+        canvas.figure.savefig(file, format="png", dpi=PX_PER_INCH)

@@ -4,22 +4,27 @@ Both sides are handed in as the same kind of callable, so the gate knows neither
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from affect_runtimes.compare import Bound, Figure, compare_outputs
+from affect_quantize.metrics import war
+from affect_runtimes.compare import STATE, Bound, Figure, ccc, compare_outputs, judged
 
-__all__ = ["GateReport", "ParitySequence", "check_parity", "join_trajectories"]
+__all__ = ["LABELS", "Gate", "GateReport", "ParitySequence", "join_trajectories"]
 
 Array = NDArray[Any]
 Trajectory = tuple[dict[str, Array], dict[str, Array]]
-"""Outputs (T, B, ...) by name and the state after every step (T, ...) by name."""
+"""Outputs (T, B, ...) by name and, by name, the states after those steps that the sequence keeps, (n, ...)."""
 
-Runner = Callable[[Mapping[str, Array], NDArray[np.float32]], Trajectory]
-"""(inputs by name (T, B, ...), dt (T, B)) -> trajectory from the initial state."""
+_LONGEST_WHOLE = 5000
+"""Steps up to which a sequence is also run at once: beyond, that takes memory and tells nothing new."""
+_MOST_ALONE = 8
+"""Streams side by side up to which each is also run alone."""
+LABELS = "against labels"
+"""Name of the comparison that has the scores."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,31 @@ class ParitySequence:
         inputs: name -> (T, B, ...) float32, as the model's `step` takes them; B streams run side by side. Or, to try
             the recurrent half alone, the model's features.
         dt: (T, B) float32.
+        natural: whether a model might see the like of it; noise is not natural.
+        every: states are compared after every so many steps, and after the last.
+        labels: output -> what is known of it: of a distribution (T, B) whole numbers, the place of the right label, -1
+            where nobody knows; of others float32 in the output's own shape, NaN where nobody knows.
     """
 
     name: str
     inputs: Mapping[str, Array]
     dt: NDArray[np.float32]
+    natural: bool = True
+    every: int = 1
+    labels: Mapping[str, Array] = field(default_factory=dict)
+
+    def keeps(self, step: int) -> bool:
+        """Whether the state after a step is compared."""
+        return (step + 1) % self.every == 0 or step == len(self.dt) - 1
+
+    def stream(self, number: int) -> "ParitySequence":
+        """One of its streams alone."""
+        alone = {k: v[:, number : number + 1] for k, v in self.inputs.items()}
+        return replace(self, inputs=alone, dt=self.dt[:, number : number + 1], labels={})
+
+
+Runner = Callable[[ParitySequence], Trajectory]
+"""Runs a sequence from the initial state."""
 
 
 @dataclass(frozen=True)
@@ -57,53 +82,91 @@ class GateReport:
         return {name: [f.to_json() for f in figures] for name, figures in self.comparisons.items()}
 
 
-def check_parity(
-    reference: Runner,
-    artefact: Runner,
-    sequences: Iterable[ParitySequence],
-    kinds: Mapping[str, str],
-    bounds: Sequence[Bound],
-    sequence_form: Runner,
-) -> GateReport:
-    """Runs both sides over every sequence and measures.
-
-    For each sequence: the artefact's outputs and final states against the reference's, and, where several streams ran
-    side by side, each of them run alone by the artefact against its share of the batch. And the reference against
-    itself: the whole sequence at once against step by step.
+class Gate:
+    """The float model's side of every comparison, run once; then any number of artefacts may be held to it.
 
     Args:
-        reference: the float model.
-        artefact: what would be shipped.
+        reference: the float model, step by step.
         sequences: inputs.
         kinds: output name -> kind, see `affect_runtimes.compare.compare_outputs`; states are added as "state.NAME".
-        bounds: what must hold.
         sequence_form: the float model over a whole sequence at once.
     """
-    comparisons: dict[str, Sequence[Figure]] = {}
-    for sequence in sequences:
-        expected, found = _run(reference, sequence), _run(artefact, sequence)
-        every = {**kinds, **{name: "regression" for name in expected if name.startswith("state.")}}
-        comparisons[sequence.name] = compare_outputs(expected, found, every, bounds)
-        streams = sequence.dt.shape[1]
-        if streams > 1:
-            alone = [
-                artefact({k: v[:, i : i + 1] for k, v in sequence.inputs.items()}, sequence.dt[:, i : i + 1])[0]
-                for i in range(streams)
-            ]
-            together = {name: found[name] for name in kinds}
-            apart = {name: np.concatenate([a[name] for a in alone], axis=1) for name in kinds}
-            comparisons[f"{sequence.name}: side by side against alone"] = compare_outputs(
-                apart, together, kinds, bounds
+
+    def __init__(
+        self,
+        reference: Runner,
+        sequences: Iterable[ParitySequence],
+        kinds: Mapping[str, str],
+        sequence_form: Runner,
+    ) -> None:
+        self.kinds = dict(kinds)
+        self._sequences = list(sequences)
+        self._expected = [_run(reference, sequence) for sequence in self._sequences]
+        self._whole = [sequence_form(s)[0] if len(s.dt) <= _LONGEST_WHOLE else None for s in self._sequences]
+
+    def check(self, artefact: Runner, bounds: Sequence[Bound]) -> GateReport:
+        """Runs an artefact over every sequence and measures.
+
+        For each sequence: the artefact's outputs and states against the reference's, and, where several streams ran
+        side by side, each of them run alone by the artefact against its share of the batch. And the reference against
+        itself: the whole sequence at once against step by step.
+
+        Of a sequence that is nothing a model ever sees, only differences are bound: where a model is at a loss its
+        outputs hardly move, and a correlation of what stands still means nothing.
+
+        Where there are labels, both are scored by them, over all sequences together: accuracy of a distribution, CCC of
+        anything else, the mean over its values; "drop" is what the artefact lost, in hundredths.
+
+        Args:
+            artefact: what would be shipped.
+            bounds: what must hold.
+        """
+        comparisons: dict[str, Sequence[Figure]] = {}
+        said = []
+        for sequence, expected, whole in zip(self._sequences, self._expected, self._whole, strict=True):
+            held = [b for b in bounds if sequence.natural or b.metric in ("max_abs", "mean_abs")]
+            found = _run(artefact, sequence)
+            said.append(found)
+            every = {**self.kinds, **{name: STATE for name in expected if name.startswith("state.")}}
+            comparisons[sequence.name] = compare_outputs(expected, found, every, held)
+            streams = sequence.dt.shape[1]
+            if 1 < streams <= _MOST_ALONE:
+                alone = [artefact(sequence.stream(i))[0] for i in range(streams)]
+                together = {name: found[name] for name in self.kinds}
+                apart = {name: np.concatenate([a[name] for a in alone], axis=1) for name in self.kinds}
+                comparisons[f"{sequence.name}: side by side against alone"] = compare_outputs(
+                    apart, together, self.kinds, held
+                )
+            if whole is not None:
+                comparisons[f"{sequence.name}: float sequence form against step form"] = compare_outputs(
+                    whole, expected, self.kinds, held
+                )
+        if scores := self._scores(said, bounds):
+            comparisons[LABELS] = scores
+        return GateReport(comparisons)
+
+    def _scores(self, said: Sequence[Mapping[str, Array]], bounds: Sequence[Bound]) -> list[Figure]:
+        figures = []
+        for name, kind in self.kinds.items():
+            labelled = [i for i, s in enumerate(self._sequences) if name in s.labels]
+            if not labelled:
+                continue
+            labels = np.concatenate([_flat(self._sequences[i].labels[name]) for i in labelled])
+            if not (labels >= 0 if kind == "distribution" else np.isfinite(labels)).any():
+                continue
+            of_float, of_artefact = (
+                _score(kind, labels, np.concatenate([_flat(every[i][name]) for i in labelled]))
+                for every in (self._expected, said)
             )
-        whole, _ = sequence_form(sequence.inputs, sequence.dt)
-        comparisons[f"{sequence.name}: float sequence form against step form"] = compare_outputs(
-            whole, expected, kinds, bounds
-        )
-    return GateReport(comparisons)
+            metric = "accuracy" if kind == "distribution" else "ccc"
+            figures.append(Figure(name, f"{metric} of the float model", of_float))
+            figures.append(Figure(name, f"{metric} of the artefact", of_artefact))
+            figures.append(judged(bounds, name, "drop", 100 * (of_float - of_artefact)))
+        return figures
 
 
 def join_trajectories(outputs: Sequence[Mapping[str, Array]], states: Sequence[Mapping[str, Array]]) -> Trajectory:
-    """Per-step dicts, first to last, as one trajectory."""
+    """Dicts of outputs and of states, first to last, as one trajectory."""
     return (
         {name: np.stack([o[name] for o in outputs]) for name in outputs[0]},
         {name: np.stack([s[name] for s in states]) for name in states[0]},
@@ -111,5 +174,22 @@ def join_trajectories(outputs: Sequence[Mapping[str, Array]], states: Sequence[M
 
 
 def _run(runner: Runner, sequence: ParitySequence) -> dict[str, Array]:
-    outputs, states = runner(sequence.inputs, sequence.dt)
+    outputs, states = runner(sequence)
     return outputs | {f"state.{name}": array for name, array in states.items()}
+
+
+def _flat(values: Array) -> Array:
+    """Steps and streams on one axis."""
+    return np.asarray(values).reshape(-1, *np.shape(values)[2:])
+
+
+def _score(kind: str, labels: Array, said: Array) -> float:
+    if kind == "distribution":
+        known = labels >= 0
+        return war(said[known].argmax(-1), labels[known])
+    of_values = []
+    for label, value in zip(labels.reshape(len(labels), -1).T, said.reshape(len(said), -1).T, strict=True):
+        known = np.isfinite(label)
+        if known.any():
+            of_values.append(ccc(label[known], value[known]))
+    return float(np.mean(of_values))

@@ -5,6 +5,7 @@ checked here, once, against the manifest. Adding an engine means: its module, a 
 """
 
 import importlib
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -17,11 +18,11 @@ from affect_runtimes.errors import BundleError, InputError
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
 
-__all__ = ["ENGINES", "Engine", "GraphEngine", "open_engine"]
+__all__ = ["ENGINES", "Engine", "GraphEngine", "machine", "open_engine"]
 
 Array = NDArray[Any]
 
-ENGINES = {"onnxruntime": "affect_runtimes.onnxruntime"}
+ENGINES = {"onnxruntime": "affect_runtimes.onnxruntime", "ai-edge-litert": "affect_runtimes.litert"}
 """Engine name in a manifest -> the module whose `create(graph, data, external, threads)` opens it."""
 
 
@@ -87,22 +88,35 @@ class GraphEngine(ABC):
         """Runs it on checked arrays."""
 
 
-def open_engine(bundle: Bundle, graph: str = "step", threads: int = 1) -> Engine:
+def machine() -> str:
+    """This machine's architecture, in the words of manifests: Linux's, whatever the system calls it."""
+    found = platform.machine()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(found.lower(), found)
+
+
+def open_engine(bundle: Bundle, graph: str = "step", threads: int = 1, any_machine: bool = False) -> Engine:
     """Opens one graph of a bundle on the engine that its manifest names; imports that engine only.
 
     Args:
         bundle: a verified bundle.
         graph: the graph's role.
         threads: how many the engine may use; a step this small is fastest on one.
+        any_machine: open it although it is for another architecture, as an export does to compare it.
 
     Raises:
-        BundleError: an engine that this release does not know, or a graph that it cannot load.
+        BundleError: a bundle for another architecture, an engine that this release does not know, or a graph that it
+            cannot load.
         MissingDependencyError: the engine's library is not installed.
         InputError: fewer than one thread.
     """
     if threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
-    name = bundle.manifest.engine
+    name, arch = bundle.manifest.engine, bundle.manifest.arch
+    if machine() not in arch and not any_machine:
+        raise BundleError(
+            f"{bundle.path}: is for {' and '.join(arch)}, this machine is {machine()}; export the model for this "
+            "machine (affect-export --list-targets)"
+        )
     if name not in ENGINES:
         raise BundleError(f"{bundle.path}: needs the engine {name!r}; this release runs {', '.join(sorted(ENGINES))}")
     described = bundle.manifest.graph(graph)

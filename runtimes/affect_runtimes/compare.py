@@ -7,9 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Bound", "Figure", "agreement", "ccc", "compare_outputs", "max_abs", "mean_abs"]
+__all__ = [
+    "STATE",
+    "Bound",
+    "Figure",
+    "agreement",
+    "ccc",
+    "compare_outputs",
+    "judged",
+    "least_ccc",
+    "max_abs",
+    "mean_abs",
+]
 
 Array = NDArray[Any]
+STATE = "state"
+"""The kind of a state, beside those of outputs (`affect_runtimes.interface.Output`)."""
 
 
 def ccc(reference: ArrayLike, other: ArrayLike) -> float:
@@ -41,13 +54,26 @@ def mean_abs(reference: ArrayLike, other: ArrayLike) -> float:
     return float(np.mean(np.abs(np.asarray(reference, np.float64) - np.asarray(other, np.float64))))
 
 
+def least_ccc(reference: ArrayLike, other: ArrayLike) -> float:
+    """The worst `ccc` of a single value, the values being the last axis: one of them alone can be lost in all."""
+    a, b = np.asarray(reference), np.asarray(other)
+    return min(ccc(a[..., i], b[..., i]) for i in range(a.shape[-1]))
+
+
 def agreement(reference: ArrayLike, other: ArrayLike) -> float:
     """Fraction of rows (last axis: classes) whose top class is the same, in [0, 1]."""
     return float(np.mean(np.argmax(np.asarray(reference), -1) == np.argmax(np.asarray(other), -1)))
 
 
-_METRICS = {"max_abs": max_abs, "mean_abs": mean_abs, "ccc": ccc, "agreement": agreement}
-_AT_MOST = {"max_abs", "mean_abs"}
+_METRICS = {
+    "max_abs": max_abs,
+    "mean_abs": mean_abs,
+    "ccc": ccc,
+    "least_ccc": least_ccc,
+    "agreement": agreement,
+}
+_DROP = "drop"  # of a score against labels, in points; measured where there are labels (`affect_quantize.gate`)
+_AT_MOST = {"max_abs", "mean_abs", _DROP}
 
 
 @dataclass(frozen=True)
@@ -56,7 +82,7 @@ class Bound:
 
     Attributes:
         output: name of an output or state, or "*" for every output.
-        metric: max_abs or mean_abs (at most `limit`), ccc or agreement (at least `limit`).
+        metric: max_abs, mean_abs or drop (at most `limit`), ccc, least_ccc or agreement (at least `limit`).
         limit: the bound itself.
     """
 
@@ -65,8 +91,9 @@ class Bound:
     limit: float
 
     def __post_init__(self) -> None:
-        if self.metric not in _METRICS:
-            raise ValueError(f"unknown metric {self.metric!r}; known: {', '.join(sorted(_METRICS))}")
+        known = {*_METRICS, _DROP}
+        if self.metric not in known:
+            raise ValueError(f"unknown metric {self.metric!r}; known: {', '.join(sorted(known))}")
 
     def accepts(self, value: float) -> bool:
         """Whether a measured value keeps the bound; NaN never does."""
@@ -101,7 +128,8 @@ def compare_outputs(
     Args:
         reference: the float model's outputs by name, (steps, ...) each.
         other: the artefact's, same names and shapes.
-        kinds: output name -> "distribution" or "regression"; agreement is for the former, ccc for the latter.
+        kinds: output name -> kind, or `STATE`. Agreement is for distributions, ccc for all others, least_ccc for those
+            with several values.
         bounds: what must hold; "*" applies to every output that has the metric.
 
     Returns:
@@ -116,12 +144,18 @@ def compare_outputs(
         a, b = np.asarray(reference[name]), np.asarray(other[name])
         if a.shape != b.shape:
             raise ValueError(f"output {name!r}: the reference has shape {a.shape}, the artefact {b.shape}")
-        for metric in ("max_abs", "mean_abs", "agreement" if kind == "distribution" else "ccc"):
-            value = _METRICS[metric](a, b)
-            limits = [q.limit for q in stated if q.metric == metric and q.output in (name, "*")]
-            if not limits:
-                figures.append(Figure(name, metric, value))
-            else:
-                limit = min(limits) if metric in _AT_MOST else max(limits)
-                figures.append(Figure(name, metric, value, limit, Bound(name, metric, limit).accepts(value)))
+        metrics = ["max_abs", "mean_abs", "agreement" if kind == "distribution" else "ccc"]
+        # (steps, streams) is one value at each moment.
+        if kind not in ("distribution", STATE) and a.ndim > 2:
+            metrics.append("least_ccc")
+        figures += [judged(stated, name, metric, _METRICS[metric](a, b)) for metric in metrics]
     return figures
+
+
+def judged(bounds: Iterable[Bound], output: str, metric: str, value: float) -> Figure:
+    """A figure beside the tightest of the bounds that apply to it."""
+    limits = [b.limit for b in bounds if b.metric == metric and b.output in (output, "*")]
+    if not limits:
+        return Figure(output, metric, value)
+    limit = min(limits) if metric in _AT_MOST else max(limits)
+    return Figure(output, metric, value, limit, Bound(output, metric, limit).accepts(value))

@@ -83,7 +83,7 @@ class Manifest:
         raw: the JSON it came from.
         files: every file that is listed, graphs included -> its sha256.
         engine: that runs the graphs.
-        arch: machines that the bundle is meant for, in the words of `platform.machine`.
+        arch: machines that the bundle is meant for, in the words of `affect_runtimes.base.machine`.
         made_with: library -> version, the engine's among them.
         verified_on_target: whether the export held the bundle to its bounds on such a machine.
         bounds: what the export held it to and a replay holds it to; at least one.

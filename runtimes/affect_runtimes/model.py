@@ -26,16 +26,17 @@ class BundleModel:
     Args:
         bundle: a verified bundle, or the path of one.
         threads: for each engine.
+        any_machine: see `open_engine`.
 
     Raises:
         BundleError: see `Bundle.open` and `open_engine`.
     """
 
-    def __init__(self, bundle: Bundle | str | Path, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle | str | Path, threads: int = 1, any_machine: bool = False) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         manifest = self.bundle.manifest
-        self._encoder = open_engine(self.bundle, "encoder", threads)
-        self._step = open_engine(self.bundle, "step", threads)
+        self._encoder = open_engine(self.bundle, "encoder", threads, any_machine)
+        self._step = open_engine(self.bundle, "step", threads, any_machine)
         # The engines have copies of their own, and these may be gigabytes.
         self.bundle.release_graphs()
         self._states = manifest.states

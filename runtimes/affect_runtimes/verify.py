@@ -1,18 +1,20 @@
 """Replaying verify.npz: is this engine, on this machine, still the float model?"""
 
 import io
-import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from affect_runtimes.compare import Figure, compare_outputs
+from affect_runtimes._checked import shown
+from affect_runtimes.base import machine
+from affect_runtimes.compare import STATE, Figure, compare_outputs
 from affect_runtimes.errors import BundleError, InputError, ParityError
 from affect_runtimes.interface import check_names
 from affect_runtimes.model import BundleModel
 
-__all__ = ["replay", "replay_elsewhere"]
+__all__ = ["recorded_inputs", "replay", "replay_elsewhere"]
 
 Array = NDArray[Any]
 
@@ -31,19 +33,22 @@ def replay(model: BundleModel) -> list[Figure]:
         ParityError: a figure outside the bundle's bounds; the message names the output and by how much.
     """
     manifest, path = model.bundle.manifest, model.bundle.path / "verify.npz"
-    dt, given, expected = _recorded(model)
-    state, steps = model.initial_state(1), []
+    dt, given, expected, kept = _recorded(model)
+    state, steps, states = model.initial_state(1), [], []
     try:
         for t, interval in enumerate(dt):
             inputs = {name: values[t][None] for name, values in given.items()}
             if manifest.image is not None:
                 inputs[manifest.image.name] = model.normalise(inputs[manifest.image.name])
             outputs, state = model.step(inputs, state, float(interval))
-            steps.append(outputs | {f"state.{name}": array for name, array in state.arrays.items()})
+            steps.append(outputs)
+            if t in kept:
+                states.append({f"state.{name}": array for name, array in state.arrays.items()})
     except InputError as error:
         raise BundleError(f"{path}: what it recorded cannot be given to the model: {error}") from None
-    found = {name: np.stack([s[name] for s in steps]) for name in expected}
-    kinds = {o.name: o.kind for o in manifest.outputs} | {f"state.{s.name}": "regression" for s in manifest.states}
+    found = {name: np.stack([s[name] for s in steps]) for name in steps[0]}
+    found |= {name: np.stack([s[name] for s in states]) for name in states[0]}
+    kinds = {o.name: o.kind for o in manifest.outputs} | {f"state.{s.name}": STATE for s in manifest.states}
     figures = compare_outputs(expected, found, kinds, model.bundle.bounds)
     if all(f.limit is None for f in figures):
         stated = ", ".join(f"{b.output} {b.metric}" for b in model.bundle.bounds)
@@ -71,21 +76,35 @@ def replay_elsewhere(model: BundleModel) -> bool:
     # Slow to import, and wanted only here: not at the start of every `import affect_edge`.
     import importlib.metadata
 
-    manifest, machine = model.bundle.manifest, model.bundle.parity.get("machine")
-    arch = machine.get("arch") if isinstance(machine, dict) else None
+    manifest, made_on = model.bundle.manifest, model.bundle.parity.get("machine")
+    arch = made_on.get("arch") if isinstance(made_on, dict) else None
     try:
         version: str | None = importlib.metadata.version(manifest.engine)
     except importlib.metadata.PackageNotFoundError:
         version = None  # built from source, or under another name: what it does is not known
     known = version is not None and version == manifest.made_with.get(manifest.engine)
-    if known and arch == platform.machine() and manifest.verified_on_target:
+    if known and arch == machine() and manifest.verified_on_target:
         return False
     replay(model)
     return True
 
 
-def _recorded(model: BundleModel) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-    """dt (steps,), the inputs and the expected outputs and states of verify.npz, as many of each as there are steps."""
+def recorded_inputs(model: BundleModel) -> tuple[Array, dict[str, Array]]:
+    """What verify.npz has the model see: dt (steps,) and inputs by name, (steps, ...); pictures as uint8 crops.
+
+    Raises:
+        BundleError: verify.npz lacks what the manifest promises.
+    """
+    dt, given, _, _ = _recorded(model)
+    return dt, given
+
+
+def _recorded(model: BundleModel) -> tuple[Array, dict[str, Array], dict[str, Array], list[int]]:
+    """dt (steps,), the inputs (steps, ...), the expected outputs and states, and the steps that the states are after.
+
+    `at.NAME` says which row of an input each step sees, and `state_steps` after which steps states were kept; without
+    them it is one row a step.
+    """
     manifest, path = model.bundle.manifest, model.bundle.path / "verify.npz"
     arrays = _load(model)
     given = {k.removeprefix("input."): v for k, v in arrays.items() if k.startswith("input.")}
@@ -93,28 +112,51 @@ def _recorded(model: BundleModel) -> tuple[Array, dict[str, Array], dict[str, Ar
         check_names(model.bundle.model_name, manifest.inputs, given)
     except InputError as error:
         raise BundleError(f"{path}: its inputs are not the model's: {error}; export the bundle again") from None
-    outputs = {o.name: o.tensor.sized(1) for o in manifest.outputs}
+    outputs = {f"output.{o.name}": o.tensor.sized(1) for o in manifest.outputs}
     states = {f"state.{s.name}": s.sized(1) for s in manifest.states}
-    try:
-        dt = arrays["dt"]
-        expected = {name: arrays[f"output.{name}"] for name in outputs} | {name: arrays[name] for name in states}
-    except KeyError as error:
-        raise BundleError(f"{path}: lacks {error}; export the bundle again") from None
+    if lacking := [name for name in ("dt", *outputs, *states) if name not in arrays]:
+        raise BundleError(f"{path}: lacks {', '.join(lacking)}; export the bundle again")
+    dt = arrays["dt"]
     if dt.ndim != 1 or len(dt) < 1:
         raise BundleError(f"{path}: dt has shape {dt.shape}, expected (steps,) with at least one step")
-    for name, array in (*given.items(), *expected.items(), ("dt", dt)):
-        if array.dtype.kind not in "biuf" or array.shape[:1] != dt.shape:
+    steps = len(dt)
+    for name, rows in given.items():
+        at = _rows(arrays, f"at.{name}", steps, len(rows) if rows.ndim else 0, path)
+        given[name] = rows if at is None else rows[at]
+    at = _rows(arrays, "state_steps", None, steps, path)
+    kept = list(range(steps)) if at is None else [int(t) for t in at]
+    if not kept or sorted(set(kept)) != kept:
+        raise BundleError(f"{path}: its state_steps are {shown(kept)}, expected rising steps")
+    counts = dict.fromkeys(states, len(kept))
+    for name, array in (*given.items(), *((n, arrays[n]) for n in ("dt", *outputs, *states))):
+        count = counts.get(name, steps)
+        if array.dtype.kind not in "biuf" or array.shape[:1] != (count,):
             raise BundleError(
-                f"{path}: {name!r} is {array.dtype} {array.shape}, expected numbers for each of {len(dt)} steps"
+                f"{path}: {name!r} is {array.dtype} {array.shape}, expected numbers for each of {count} steps"
             )
     if (image := manifest.image) is not None:
-        found, wanted = given[image.name].shape, (len(dt), image.size, image.size, 3)
+        found, wanted = given[image.name].shape, (steps, image.size, image.size, 3)
         if found != wanted:
             raise BundleError(f"{path}: {image.name!r} has shape {found}, expected {wanted}")
     for name, shape in (outputs | states).items():
-        if expected[name].shape != (len(dt), *shape):
-            raise BundleError(f"{path}: {name!r} has shape {expected[name].shape}, expected {(len(dt), *shape)}")
-    return dt, given, expected
+        if arrays[name].shape[1:] != shape:
+            raise BundleError(
+                f"{path}: {name!r} has shape {arrays[name].shape}, expected {(len(arrays[name]), *shape)}"
+            )
+    return dt, given, {name.removeprefix("output."): arrays[name] for name in (*outputs, *states)}, kept
+
+
+def _rows(arrays: dict[str, Array], name: str, count: int | None, below: int, path: Path) -> Array | None:
+    """Row numbers in [0, below), `count` of them, or None where there are none."""
+    rows = arrays.get(name)
+    if rows is None:
+        return None
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" or (count is not None and len(rows) != count):
+        steps = f"each of {count or below} steps"
+        raise BundleError(f"{path}: {name!r} is {rows.dtype} {rows.shape}, expected one whole number for {steps}")
+    if len(rows) and not (0 <= rows.min() and rows.max() < below):
+        raise BundleError(f"{path}: {name!r} has {rows.min()} to {rows.max()}, expected 0 to {below - 1}")
+    return rows
 
 
 def _load(model: BundleModel) -> dict[str, Array]:

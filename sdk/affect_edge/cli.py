@@ -4,7 +4,6 @@ Exit codes: 0 it is, 1 refused, 2 usage.
 """
 
 import argparse
-import platform
 import sys
 
 __all__ = ["verify_main"]
@@ -13,6 +12,7 @@ __all__ = ["verify_main"]
 def verify_main(argv: list[str] | None = None) -> int:
     """Hashes every file, replays verify.npz, and prints each figure beside its bound."""
     from affect_edge._recognizer import SHIPPED
+    from affect_runtimes.base import machine
     from affect_runtimes.errors import AffectError
     from affect_runtimes.model import BundleModel
     from affect_runtimes.verify import replay
@@ -34,7 +34,7 @@ def verify_main(argv: list[str] | None = None) -> int:
         print("RANDOM WEIGHTS: never trained, the outputs mean nothing")
     for figure in figures:
         print(f"  {figure}")
-    print(f"verified: {manifest.engine} on {platform.machine()} is the exported model, within its bounds")
+    print(f"verified: {manifest.engine} on {machine()} is the exported model, within its bounds")
     return 0
 
 

@@ -24,7 +24,7 @@ from affect_export.models.public_names import PIXEL_MEAN, PIXEL_STD
 from affect_export.targets import TARGETS, GraphSource, WrittenGraph
 from affect_runtimes.errors import AffectError, InputError, ParityError
 
-CPU = TARGETS["cpu"]
+ONNX = TARGETS["onnx"]
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def spoilt(sources: list[GraphSource], folder: Path) -> list[WrittenGraph]:
     weight = model.get_parameter("heads.valence_arousal.weight")
     with torch.no_grad():
         weight.mul_(1.05)
-        written = CPU.builder(sources, folder)
+        written = ONNX.builder(sources, folder)
         weight.div_(1.05)
     return written
 
@@ -250,9 +250,7 @@ def test_a_missed_bound_takes_its_new_folders_away(tmp_path: Path) -> None:
     checkpoint = load_model("student", preset="tiny", random_weights=True)
     (tmp_path / "mine").mkdir()
     with pytest.raises(ParityError):
-        export.export_model(
-            checkpoint, replace(CPU, builder=spoilt), tmp_path / "mine/x/y/z", bounds=CPU.bounds, parity_steps=3
-        )
+        export.export_model(checkpoint, replace(ONNX, builder=spoilt), tmp_path / "mine/x/y/z", parity_steps=3)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"] and not list((tmp_path / "mine").iterdir())
 
 
@@ -263,7 +261,7 @@ def test_folders_in_which_somebody_else_put_something_stay(tmp_path: Path) -> No
 
     checkpoint = load_model("student", preset="tiny", random_weights=True)
     with pytest.raises(RuntimeError, match="broke"):
-        export.export_model(checkpoint, replace(CPU, builder=write_beside), tmp_path / "x/y/z", bounds=CPU.bounds)
+        export.export_model(checkpoint, replace(ONNX, builder=write_beside), tmp_path / "x/y/z")
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["notes.txt"]
 
 
@@ -271,7 +269,7 @@ def test_a_file_in_the_way_of_a_new_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     checkpoint = load_model("student", preset="tiny", random_weights=True)
     with pytest.raises(InputError, match="file cannot be made"):
-        export.export_model(checkpoint, CPU, tmp_path / "file/y/z", bounds=CPU.bounds)
+        export.export_model(checkpoint, ONNX, tmp_path / "file/y/z")
 
 
 def test_a_save_that_fails_leaves_what_was_there(

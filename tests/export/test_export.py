@@ -1,7 +1,12 @@
 """What `affect-export` writes, what it refuses, and what is left behind afterwards (nothing)."""
 
+import errno
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +16,7 @@ import pytest
 import torch
 
 from affect_export import cli, export
+from affect_export.assembly import default_card
 from affect_export.models.checkpoint import SHIPPED, Checkpoint, load_model, save_model
 from affect_export.models.student import Student, StudentConfig
 from affect_export.targets import TARGETS, GraphSource, Target, WrittenGraph
@@ -20,7 +26,7 @@ from affect_runtimes.errors import AffectError, InputError, ParityError
 from affect_runtimes.model import BundleModel
 from affect_runtimes.verify import replay
 
-CPU = TARGETS["cpu"]
+ONNX = TARGETS["onnx"]
 
 
 def test_a_bundle_has_what_the_design_promises(exported: Path) -> None:
@@ -42,8 +48,10 @@ def test_a_bundle_has_what_the_design_promises(exported: Path) -> None:
     assert all(f["passed"] for f in figures if f["limit"] is not None)
     assert {f["output"] for f in figures} >= {"expression", "valence", "arousal", "state.ssm"}
     with np.load(exported / "verify.npz") as verify:
-        assert len(verify["input.frame"]) == 64
+        assert len(verify["dt"]) == len(verify["at.frame"]) == 64
+        assert len(verify["input.frame"]) == len(set(verify["at.frame"].tolist())) == 8
         assert len(set(verify["dt"].tolist())) > 10  # uneven times are replayed too
+        assert verify["state_steps"][-1] == 63 and len(verify["state.ssm"]) == len(verify["state_steps"])
 
 
 def test_a_bundle_says_nothing_of_the_machine_that_made_it(exported: Path) -> None:
@@ -67,17 +75,17 @@ def _sabotaged(change: str) -> Target:
             elif change == "normalisation":
                 model.get_parameter("encoder.stem.0.weight").mul_(1.1)
         try:
-            return CPU.builder(sources, folder)
+            return ONNX.builder(sources, folder)
         finally:
             model.load_state_dict(original)
 
-    return replace(CPU, builder=build)
+    return replace(ONNX, builder=build)
 
 
 @pytest.mark.parametrize("change", ["scale", "scan", "normalisation"])
 def test_the_gate_refuses_another_model_and_leaves_nothing(change: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="max_abs"):
-        export.export_model(checkpoint, _sabotaged(change), tmp_path / "out", bounds=CPU.bounds)
+        export.export_model(checkpoint, _sabotaged(change), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,10 +102,10 @@ def test_swapped_states_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> N
             return (*outputs, conv.flip(0), ssm.flip(0))
 
     def build(sources: list[GraphSource], folder: Path) -> list[WrittenGraph]:
-        return CPU.builder([sources[0], replace(sources[1], module=Swapped(sources[1].module).eval())], folder)
+        return ONNX.builder([sources[0], replace(sources[1], module=Swapped(sources[1].module).eval())], folder)
 
     with pytest.raises(ParityError, match="state"):
-        export.export_model(checkpoint, replace(CPU, builder=build), tmp_path / "out", bounds=CPU.bounds)
+        export.export_model(checkpoint, replace(ONNX, builder=build), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -107,14 +115,14 @@ def test_a_failing_builder_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path
         raise RuntimeError("the exporter broke")
 
     with pytest.raises(RuntimeError, match="broke"):
-        export.export_model(checkpoint, replace(CPU, builder=build), tmp_path / "out", bounds=CPU.bounds)
+        export.export_model(checkpoint, replace(ONNX, builder=build), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missed_bound_keeps_the_bundle_that_was_there(checkpoint: Checkpoint, bundle_folder: Path) -> None:
     before = {p.name: p.read_bytes() for p in bundle_folder.iterdir()}
     with pytest.raises(ParityError):
-        export.export_model(checkpoint, _sabotaged("scale"), bundle_folder, bounds=CPU.bounds, force=True)
+        export.export_model(checkpoint, _sabotaged("scale"), bundle_folder, force=True)
     assert {p.name: p.read_bytes() for p in bundle_folder.iterdir()} == before
 
 
@@ -147,6 +155,11 @@ def test_tighten_only_tightens() -> None:
         (["--target", "cpu", "--random-weights", "--config", "nowhere.json"], 2, "cannot be read"),
         (["--target", "cpu", "--random-weights", "--config", "{file}"], 2, "not JSON"),
         (["--target", "cpu", "--random-weights", "--preset", "tiny", "--parity-steps", "1"], 2, "2 to 120 steps"),
+        (["--target", "onnx", "--precision", "int8"], 2, "target onnx has no int8; it has fp32"),
+        (["--target", "cpu", "--precision", "fp32", "--calibration", "faces"], 2, "of no use to cpu in fp32"),
+        (["--target", "cpu", "--calibration", "nowhere"], 2, "there is no such folder"),
+        (["--target", "cpu", "--calibration", "{file}"], 2, "no calibration that affect-export wrote"),
+        (["--target", "cpu", "--save-calibration", "x.json"], 2, "needs --calibration FOLDER"),
         (["--target", "cpu", "--output", "{other}"], 2, "not a bundle"),
         (["--target", "cpu", "--output", "{file}"], 2, "not a folder"),
         (["--target", "cpu", "--output", "{bundle}"], 2, "--force"),
@@ -197,7 +210,7 @@ def test_a_model_is_exported_from_a_bare_checkpoint_and_a_config(
     sizes = json.loads((tmp_path / "sizes.json").read_text())
     model = load_model("mamba-fer", preset="tiny", changes=sizes, random_weights=True).model
     torch.save(model.state_dict(), tmp_path / "mine.pt")
-    base = ["--model", "mamba-fer", "--target", "cpu", "--checkpoint", str(tmp_path / "mine.pt"), "--preset", "tiny"]
+    base = ["--model", "mamba-fer", "--target", "onnx", "--checkpoint", str(tmp_path / "mine.pt"), "--preset", "tiny"]
     base += ["--parity-steps", "3", "--output", str(tmp_path / "bundle")]
     assert cli.main(base) == 1
     assert "of another shape" in capsys.readouterr().err
@@ -220,7 +233,7 @@ def test_force_replaces_a_bundle_and_dry_run_writes_nothing(
 ) -> None:
     weights = tmp_path / "w.safetensors"
     save_model(checkpoint.model, weights, version="0.0.2", trained=False)
-    base = ["--target", "cpu", "--checkpoint", str(weights)]
+    base = ["--target", "onnx", "--checkpoint", str(weights)]
     assert cli.main([*base, "--output", str(tmp_path / "dry"), "--dry-run"]) == 0
     assert "nothing written" in capsys.readouterr().out
     assert not (tmp_path / "dry").exists()
@@ -246,7 +259,7 @@ def test_checkpoints_that_are_none_are_refused(tmp_path: Path) -> None:
         load_model("student", path)
     model = Student(StudentConfig.tiny())
     save_model(model, path, version="1", trained=False)
-    card = export.default_card(replace(load_model("student", path), trained=True))
+    card = default_card(replace(load_model("student", path), trained=True))
     assert "not known here" in card and "RANDOM" not in card
 
 
@@ -258,7 +271,7 @@ def test_the_bundle_in_the_package_is_the_shipped_checkpoint(tmp_path: Path) -> 
     shipped = load_model("student", SHIPPED)
     assert shipped.trained
     fresh = tmp_path / "fresh"
-    export.export_model(shipped, CPU, fresh, bounds=CPU.bounds)
+    export.export_model(shipped, TARGETS["cpu"], fresh)
     carried, again = Bundle.open(CARRIED), Bundle.open(fresh)
     assert carried.manifest.weights_sha256 == again.manifest.weights_sha256
     assert carried.read("MODEL_CARD.md") == again.read("MODEL_CARD.md")
@@ -269,3 +282,45 @@ def test_the_bundle_in_the_package_is_the_shipped_checkpoint(tmp_path: Path) -> 
     results = [m.step(frames, m.initial_state())[0] for m in (BundleModel(carried), BundleModel(again))]
     for name in results[0]:
         np.testing.assert_allclose(results[0][name], results[1][name], atol=1e-5)
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, running = (tmp_path / f".out.{pid}.x.unfinished" for pid in (ended.pid, os.getpid()))
+    other = tmp_path / f".elsewhere.{ended.pid}.x.unfinished"
+    for folder in (left, running, other):
+        (folder / "bundle").mkdir(parents=True)
+    export.export_model(checkpoint, ONNX, tmp_path / "out", parity_steps=2)
+    # Another export may be at work, and somebody else's folder is nobody's business.
+    assert {p.name for p in tmp_path.iterdir()} == {"out", running.name, other.name}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_a_command_that_is_told_to_stop_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_model(checkpoint.model, weights, version="1", trained=False)
+    code = (
+        "import os, signal; from affect_export import cli, export\n"
+        "export.replay = lambda model: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"cli.main(['--target', 'onnx', '--checkpoint', {str(weights)!r}, '--parity-steps', '2', '--output', "
+        f"{str(tmp_path / 'deep' / 'out')!r}])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 128 + signal.SIGTERM
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_full_disk_is_said_so(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_model(checkpoint.model, weights, version="1", trained=False)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "encoder.onnx")
+
+    monkeypatch.setattr(export, "assemble", full)
+    output = tmp_path / "out"
+    assert cli.main(["--target", "onnx", "--checkpoint", str(weights), "--output", str(output)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]

@@ -13,7 +13,7 @@ import torch
 
 from affect_export import cli
 from affect_export.models import MODELS
-from affect_export.targets.cpu import EXTERNAL_ABOVE
+from affect_export.targets.onnx import EXTERNAL_ABOVE
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.model import BundleModel
 from affect_runtimes.verify import replay

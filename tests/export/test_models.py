@@ -140,9 +140,9 @@ def test_any_split_of_a_sequence_gives_the_whole(data: st.DataObject, seed: int,
 
 def test_sequence_step_and_exported_step_agree_on_the_clip(checkpoint: Checkpoint, model: BundleModel) -> None:
     for sequence in parity_sequences(checkpoint.model.inputs()):
-        whole, last = graphs.run_sequence_form(checkpoint.model, sequence.inputs, sequence.dt)
-        steps, states = graphs.run_step_form(checkpoint.model, sequence.inputs, sequence.dt)
-        exported, exported_states = graphs.run_bundle(model, sequence.inputs, sequence.dt)
+        whole, last = graphs.run_sequence_form(checkpoint.model, sequence)
+        steps, states = graphs.run_step_form(checkpoint.model, sequence)
+        exported, exported_states = graphs.run_bundle(model, sequence)
         for name in whole:
             np.testing.assert_allclose(steps[name], whole[name], atol=STEP_TOLERANCE, err_msg=f"{sequence.name} {name}")
             np.testing.assert_allclose(exported[name], steps[name], atol=EXPORT_TOLERANCE, err_msg=name)
@@ -156,12 +156,12 @@ def test_the_scan_matters_in_the_test_weights(checkpoint: Checkpoint) -> None:
     model = Student(checkpoint.model.config).eval()
     model.load_state_dict(checkpoint.model.state_dict())
     sequence = random_sequence(model.inputs(), 12, 1)
-    before, _ = graphs.run_step_form(model, sequence.inputs, sequence.dt)
+    before, _ = graphs.run_step_form(model, sequence)
     with torch.no_grad():
         for block in cast(Iterable[Mamba], model.blocks):
             rank = block.config.rank
             block.x_proj.weight[rank : rank + block.config.d_state] = 0.0
-    after, _ = graphs.run_step_form(model, sequence.inputs, sequence.dt)
+    after, _ = graphs.run_step_form(model, sequence)
     assert np.abs(after["valence"] - before["valence"]).max() > 100 * EXPORT_TOLERANCE
 
 
@@ -188,10 +188,8 @@ def test_shipped_sizes_are_those_promised() -> None:
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_any_batch_is_the_single_streams_side_by_side(model: BundleModel, batch: int) -> None:
     sequence = random_sequence(model.bundle.manifest.inputs, 6, batch, seed=batch)
-    together, _ = graphs.run_bundle(model, sequence.inputs, sequence.dt)
+    together, _ = graphs.run_bundle(model, sequence)
     for i in range(batch):
-        alone, _ = graphs.run_bundle(
-            model, {k: v[:, i : i + 1] for k, v in sequence.inputs.items()}, sequence.dt[:, i : i + 1]
-        )
+        alone, _ = graphs.run_bundle(model, sequence.stream(i))
         for name in together:
             np.testing.assert_allclose(together[name][:, i : i + 1], alone[name], atol=1e-5)

@@ -18,7 +18,7 @@ from affect_export.models.checkpoint import load_model
 from affect_export.models.mamba import MambaConfig
 from affect_export.models.one_way_audio_mamba import OneWayAudioMamba, encoder_weights
 from affect_export.models.reno import ASVP_ESD, RENO, RENOConfig
-from affect_export.targets.cpu import write_onnx
+from affect_export.targets.onnx import write_onnx
 from affect_runtimes.errors import AffectError, InputError
 from affect_runtimes.mel import log_mel
 

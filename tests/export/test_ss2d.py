@@ -18,7 +18,7 @@ from affect_export.models import scan
 from affect_export.models.scan import Rule, _scan_with_kernel, selective_scan
 from affect_export.models.ss2d import PATHS, SS2D, SqueezeExcite, SS2DConfig, cross_merge, cross_scan
 from affect_export.targets.base import GraphSource
-from affect_export.targets.cpu import write_onnx
+from affect_export.targets.onnx import write_onnx
 from affect_runtimes.interface import Tensor
 
 Array = NDArray[np.float64]

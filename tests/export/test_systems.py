@@ -27,7 +27,7 @@ from affect_runtimes.model import BundleModel
 from affect_runtimes.state import State
 from affect_runtimes.verify import replay
 
-CPU = TARGETS["cpu"]
+ONNX = TARGETS["onnx"]
 SYSTEMS = tuple(name for name in MODELS if name != "student")
 # fp32: both forms do the same sums in another order.
 STEP_TOLERANCE = 1e-5
@@ -50,7 +50,7 @@ class Bundles(dict[str, Path]):
 
     def __missing__(self, name: str) -> Path:
         # Three frames are enough here, because the long run below has its own sequence.
-        export.export_model(self._checkpoints[name], CPU, self._folder / name, bounds=CPU.bounds, parity_steps=3)
+        export.export_model(self._checkpoints[name], ONNX, self._folder / name, parity_steps=3)
         self[name] = self._folder / name
         return self[name]
 
@@ -180,8 +180,8 @@ def test_the_exported_model_is_the_model_over_200_steps(
 ) -> None:
     model, bundle = checkpoints[name].model, BundleModel(bundles[name])
     sequence = random_sequence(model.inputs(), 200, 1, seed=5)
-    expected, states = graphs.run_step_form(model, sequence.inputs, sequence.dt)
-    found, found_states = graphs.run_bundle(bundle, sequence.inputs, sequence.dt)
+    expected, states = graphs.run_step_form(model, sequence)
+    found, found_states = graphs.run_bundle(bundle, sequence)
     for key in expected:
         np.testing.assert_allclose(found[key], expected[key], atol=EXPORT_TOLERANCE, err_msg=key)
     for key in states:
@@ -234,13 +234,13 @@ def test_an_export_that_loses_the_scan_is_refused(
 ) -> None:
     def build(sources: list[GraphSource], folder: Path) -> list[WrittenGraph]:
         with scan_that_gives_nothing():
-            return CPU.builder(sources, folder)
+            return ONNX.builder(sources, folder)
 
-    sabotaged: Target = replace(CPU, builder=build)
+    sabotaged: Target = replace(ONNX, builder=build)
     # An output, not only a state: the stub leaves the states of the first layer as they were.
     output = {"mamba-va": "valence", "ag-ssm": "action_units", "reno": "vocal_emotion", "ms-vssm": "quadrant"}
     with pytest.raises(ParityError, match=rf": {output.get(name, 'expression')} max_abs"):
-        export.export_model(checkpoints[name], sabotaged, tmp_path / "out", bounds=CPU.bounds, parity_steps=12)
+        export.export_model(checkpoints[name], sabotaged, tmp_path / "out", parity_steps=12)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -178,6 +178,6 @@ def test_without_matplotlib_the_pip_line_is_told_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("affect_quantize.curves.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'affect-edge\[quantize\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'affect-edge\[export\]'"):
         open_run(tmp_path / "run", CONFIG)
     assert not (tmp_path / "run").exists()

@@ -1,44 +1,41 @@
 """Each comparison of the gate bites by itself: a toy recurrence, and runners that are wrong in one way each."""
 
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from affect_quantize.gate import ParitySequence, Trajectory, check_parity
+from affect_quantize.gate import LABELS, Gate, ParitySequence, Runner, Trajectory
 from affect_runtimes.compare import Bound
 
-Array = NDArray[np.float32]
-Inputs = Mapping[str, Array]
 BOUNDS = [Bound("*", "max_abs", 1e-4)]
 KINDS = {"valence": "regression"}
 
 
-def recurrence(inputs: Inputs, dt: Array) -> Trajectory:
+def recurrence(sequence: ParitySequence) -> Trajectory:
     """h_t = h_{t-1} / 2 + dt * mean of the frame."""
-    frames = inputs["frame"]
+    frames = sequence.inputs["frame"]
     state, states = np.zeros(frames.shape[1], np.float32), []
-    for frame, interval in zip(frames, dt, strict=True):
+    for frame, interval in zip(frames, sequence.dt, strict=True):
         state = state / 2 + interval * frame.mean((1, 2, 3))
         states.append(state)
     return {"valence": np.tanh(np.stack(states))}, {"ssm": np.stack(states)}
 
 
-def scaled(inputs: Inputs, dt: Array) -> Trajectory:
-    outputs, states = recurrence(inputs, dt)
+def scaled(sequence: ParitySequence) -> Trajectory:
+    outputs, states = recurrence(sequence)
     return {"valence": outputs["valence"] * 1.01}, states
 
 
-def other_state(inputs: Inputs, dt: Array) -> Trajectory:
-    outputs, states = recurrence(inputs, dt)
+def other_state(sequence: ParitySequence) -> Trajectory:
+    outputs, states = recurrence(sequence)
     return outputs, {"ssm": states["ssm"] + 1}
 
 
-def mixes_streams(inputs: Inputs, dt: Array) -> Trajectory:
+def mixes_streams(sequence: ParitySequence) -> Trajectory:
     """Right for one stream; side by side the streams leak into each other."""
-    outputs, states = recurrence(inputs, dt)
-    if dt.shape[1] > 1:
+    outputs, states = recurrence(sequence)
+    if sequence.dt.shape[1] > 1:
         outputs["valence"] = outputs["valence"][:, ::-1]
     return outputs, states
 
@@ -73,12 +70,66 @@ def sequences() -> list[ParitySequence]:
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_else(
-    reference: Callable[[Inputs, Array], Trajectory],
-    artefact: Callable[[Inputs, Array], Trajectory],
-    whole: Callable[[Inputs, Array], Trajectory],
+    reference: Runner,
+    artefact: Runner,
+    whole: Runner,
     missed: set[tuple[str, str]],
     sequences: list[ParitySequence],
 ) -> None:
-    report = check_parity(reference, artefact, sequences, KINDS, BOUNDS, whole)
+    report = Gate(reference, sequences, KINDS, whole).check(artefact, BOUNDS)
     assert {(where, figure.output) for where, figure in report.failures} == missed
     assert report.passed == (not missed)
+
+
+def test_noise_is_held_to_differences_only(sequences: list[ParitySequence]) -> None:
+    noise = [replace(sequence, natural=False) for sequence in sequences]
+    bounds = [Bound("*", "ccc", 0.999999)]
+    assert not Gate(recurrence, sequences, KINDS, recurrence).check(scaled, bounds).passed
+    gate = Gate(recurrence, noise, KINDS, recurrence)
+    assert gate.check(scaled, bounds).passed
+    assert not gate.check(scaled, [*bounds, *BOUNDS]).passed
+
+
+def test_a_score_that_drops_is_refused() -> None:
+    """Of 100 labelled moments the artefact gets one more wrong: 1 point."""
+    rng = np.random.default_rng(0)
+    chances = rng.random((100, 1, 3)).astype(np.float32)
+    right = chances.argmax(-1)
+    dt = np.ones((100, 1), np.float32)
+
+    def says(sequence: ParitySequence) -> Trajectory:
+        return {"expression": sequence.inputs["frame"]}, {}
+
+    def errs(sequence: ParitySequence) -> Trajectory:
+        found = sequence.inputs["frame"].copy()
+        found[0] = np.roll(found[0], 1, -1)
+        return {"expression": found}, {}
+
+    labelled = ParitySequence("mine", {"frame": chances}, dt, labels={"expression": right})
+    gate = Gate(says, [labelled], {"expression": "distribution"}, says)
+    assert gate.check(says, [Bound("*", "drop", 0.5)]).passed
+    report = gate.check(errs, [Bound("*", "drop", 0.5)])
+    ((where, figure),) = report.failures
+    assert where == LABELS and figure.metric == "drop" and figure.value == pytest.approx(1.0)
+    # What nobody knows counts for nothing.
+    unknown = replace(labelled, labels={"expression": np.full_like(right, -1)})
+    assert LABELS not in Gate(says, [unknown], {"expression": "distribution"}, says).check(errs, []).comparisons
+
+
+def test_scores_of_values_leave_out_what_nobody_knows() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(50, 2, 2)).astype(np.float32)
+    labels = truth.copy()
+    labels[25:, :, 1] = np.nan
+    sequence = ParitySequence("mine", {"frame": truth}, np.ones((50, 2), np.float32), labels={"units": labels})
+
+    def says(given: ParitySequence) -> Trajectory:
+        return {"units": given.inputs["frame"]}, {}
+
+    def halves(given: ParitySequence) -> Trajectory:
+        found = given.inputs["frame"].copy()
+        found[25:, :, 1] = 99
+        return {"units": found}, {}
+
+    figures = Gate(says, [sequence], {"units": "regression"}, says).check(halves, []).comparisons[LABELS]
+    assert [f.value for f in figures] == pytest.approx([1, 1, 0])

@@ -1,6 +1,7 @@
 """Every byte of a bundle matters, and each refusal names its file."""
 
 import hashlib
+import importlib
 import importlib.metadata
 import io
 import json
@@ -16,7 +17,7 @@ import pytest
 
 from affect_edge import Recognizer
 from affect_edge.cli import verify_main
-from affect_runtimes.base import open_engine
+from affect_runtimes.base import machine, open_engine
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import AffectError, BundleError, InputError, IntegrityError, ParityError
 from affect_runtimes.manifest import to_text
@@ -162,7 +163,8 @@ def test_loading_elsewhere_replays_and_refuses(
 ) -> None:
     assert replay_elsewhere(BundleModel(bundle_folder)) is False
     if elsewhere == "machine":
-        monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+        there = "aarch64" if machine() == "x86_64" else "x86_64"
+        monkeypatch.setattr(platform, "machine", lambda: there)
     elif elsewhere == "engine":
         rewrite(bundle_folder, _set("target", "made_with", "onnxruntime", value="0.0.1"))
     else:
@@ -242,19 +244,25 @@ def _shorten(*names: str) -> Callable[[dict[str, Any]], None]:
     ("change", "words"),
     [
         (lambda a: a.pop("input.frame"), "takes frame; found nothing"),
-        (lambda a: a.pop("dt"), "lacks 'dt'"),
-        (lambda a: a.pop("state.ssm"), r"lacks 'state\.ssm'"),
+        (lambda a: a.pop("dt"), "lacks dt"),
+        (lambda a: a.pop("state.ssm"), r"lacks state\.ssm"),
         (lambda a: a.update({"input.lidar": a["dt"]}), "takes frame; found frame, lidar"),
         (_shorten(), "at least one step"),
-        (_shorten("input.frame"), "'frame'.*64 steps"),
-        (_shorten("output.valence"), "'valence'.*64 steps"),
-        (_shorten("state.ssm"), r"'state\.ssm'.*64 steps"),
+        (_shorten("input.frame"), r"'at\.frame' has 0 to 7, expected 0 to 6"),
+        (_shorten("output.valence"), r"'output\.valence'.*64 steps"),
+        (_shorten("state.ssm"), r"'state\.ssm'.*2 steps"),
+        (_shorten("at.frame"), r"'at\.frame'.*64 steps"),
+        (_set("at.frame", value=-np.ones(64, np.int32)), "expected 0 to 7"),
+        (_set("at.frame", value=np.ones(64)), "whole number"),
+        (_set("state_steps", value=np.array([31, 64])), "expected 0 to 63"),
+        (_set("state_steps", value=np.array([63, 31])), "rising steps"),
+        (_set("state_steps", value=np.zeros(0, np.int32)), "rising steps"),
         (_shorten("dt"), "63 steps"),
         (_set("dt", value=np.float32(1.0)), r"dt has shape \(\)"),
         (_set("dt", value=-np.ones(64, np.float32)), "above 0"),
         (_set("dt", value=np.full(64, "soon")), "numbers"),
         (_set("input.frame", value=np.zeros((64, 112, 112), np.uint8)), r"'frame' has shape \(64, 112, 112\)"),
-        (_set("output.valence", value=np.zeros((64, 2), np.float32)), r"'valence' has shape \(64, 2\)"),
+        (_set("output.valence", value=np.zeros((64, 2), np.float32)), r"'output\.valence' has shape \(64, 2\)"),
         (_set("dt", value=np.array([{}] * 64)), "cannot be read"),  # a pickle
     ],
 )
@@ -367,3 +375,18 @@ def test_two_models_share_a_bundle_that_was_released(bundle_folder: Path, monkey
     bundle.release_graphs()
     monkeypatch.chdir(os.sep)
     assert replay(first) == replay(BundleModel(bundle))
+
+
+def test_a_bundle_for_another_machine_is_refused_before_its_engine_sees_it(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "aarch64" if machine() == "x86_64" else "x86_64"
+    rewrite(bundle_folder, _set("target", "arch", value=[other]))
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+        with pytest.raises(BundleError, match=rf"is for {other}, this machine is {machine()}; export the model"):
+            BundleModel(bundle_folder)
+    assert verify_main([str(bundle_folder)]) == 1
+    assert other in capsys.readouterr().err
+    # Whoever exports for that machine compares it here.
+    assert BundleModel(bundle_folder, any_machine=True)

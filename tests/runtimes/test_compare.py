@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from affect_runtimes import compare
-from affect_runtimes.compare import Bound, agreement, ccc, compare_outputs, max_abs
+from affect_runtimes.compare import STATE, Bound, agreement, ccc, compare_outputs, max_abs
 
 
 def test_doctests() -> None:
@@ -47,3 +47,15 @@ def test_the_strictest_bound_applies_and_failures_are_marked() -> None:
         compare_outputs(reference, {"v": np.zeros(2), "e": np.eye(3)}, {"v": "regression"}, bounds)
     with pytest.raises(ValueError, match="unknown metric"):
         Bound("v", "vibes", 1.0)
+
+
+def test_one_value_that_is_lost_among_many_is_seen() -> None:
+    rng = np.random.default_rng(0)
+    units = rng.random((40, 1, 5)) * [1, 1, 1, 1, 0.01]
+    lost = units.copy()
+    lost[..., 4] = 0.005
+    figures = {f.metric: f for f in compare_outputs({"u": units}, {"u": lost}, {"u": "multilabel"}, [])}
+    assert figures["ccc"].value > 0.999 and figures["least_ccc"].value < 0.1
+    # States and single values have none.
+    for kind, a in ((STATE, units), ("regression", units[..., 0])):
+        assert "least_ccc" not in {f.metric for f in compare_outputs({"u": a}, {"u": a}, {"u": kind}, [])}

@@ -23,7 +23,7 @@ from affect_runtimes.landmarks import REGIONS, neutral_face
 from affect_runtimes.manifest import Clock
 from affect_runtimes.preprocess import LEFT_EYE, RIGHT_EYE, align_face
 
-CPU = TARGETS["cpu"]
+ONNX = TARGETS["onnx"]
 RATE_HZ = 8000
 
 
@@ -106,7 +106,7 @@ def recognizer_of(senses: bool, folder: Path, sound: bool = True) -> Recognizer:
     model = Toy(ToyConfig(senses, sound)).eval()
     model.randomise_(3)
     checkpoint = Checkpoint(model, "toy", "0", "Apache-2.0", False, "0" * 64, "")
-    export_model(checkpoint, CPU, folder / "toy", bounds=CPU.bounds, parity_steps=4)
+    export_model(checkpoint, ONNX, folder / "toy", parity_steps=4)
     return Recognizer(folder / "toy")
 
 

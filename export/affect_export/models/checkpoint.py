@@ -46,6 +46,7 @@ class Checkpoint:
         trained: False for random weights, which must be called random everywhere.
         sha256: of the file (of several: of their digests), or of random weights themselves.
         card: text of MODEL_CARD.md beside the file, or "".
+        calibration: file beside it with what INT8 needs to know, NAME.calibration.json, or None.
     """
 
     model: AffectModel
@@ -55,6 +56,7 @@ class Checkpoint:
     trained: bool
     sha256: str
     card: str
+    calibration: Path | None = None
 
 
 def make_config(name: str, preset: str = "full", changes: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -146,7 +148,7 @@ def load_model(
         config = make_config(name, preset or "full", {**usual, **(changes or {})})
     model = _built(kind, config)
     _load(model, model.modernise(weights), first, config)
-    card = first.parent / "MODEL_CARD.md"
+    card, calibration = first.parent / "MODEL_CARD.md", first.with_suffix(".calibration.json")
     sha256 = _file_digest(paths)
     return Checkpoint(
         model.eval(),
@@ -156,6 +158,7 @@ def load_model(
         header.get("trained", True),
         sha256,
         card.read_text() if card.is_file() else "",
+        calibration if calibration.is_file() else None,
     )
 
 

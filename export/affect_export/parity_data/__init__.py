@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,9 +21,10 @@ __all__ = [
     "CLIP_STEPS",
     "CROPS_FILE",
     "NAME",
+    "altered_sequence",
     "carphone_crops",
     "clip_inputs",
-    "feature_sequence",
+    "drift_sequence",
     "parity_sequences",
     "prepared",
     "random_sequence",
@@ -97,30 +99,69 @@ def random_sequence(inputs: Sequence[Input], steps: int, streams: int, seed: int
             if given.optional:
                 made[f"{given.name}_present"] = (rng.random((steps, streams)) < 0.8).astype(np.float32)
     dt = rng.uniform(0.25, 4.0, (steps, streams)).astype(np.float32)
-    return ParitySequence(f"random-{steps}x{streams}", made, dt)
+    return ParitySequence(f"random-{steps}x{streams}", made, dt, natural=False)
 
 
-def feature_sequence(seen: Mapping[str, Array], steps: int, streams: int, seed: int = 0) -> ParitySequence:
-    """Drifting noise around what the encoder really gives, to try the recurrent half over more steps.
+def altered_sequence(inputs: Sequence[Input], steps: int, streams: int, seed: int = 0) -> ParitySequence | None:
+    """The clip as other cameras might have seen it, or None for a model that takes no picture.
+
+    Each stream is a stretch of the clip, mirrored or not, under light and colour of its own, turned and moved a little,
+    and behind a grey bar for a while; dt is uneven.
+    """
+    rng = np.random.default_rng((seed, 1))
+    raw = [clip_inputs(inputs, CLIP_STEPS) for _ in range(streams)]
+    if not any(isinstance(i, ImageInput) for i in inputs):
+        return None
+    for each in raw:
+        start = int(rng.integers(0, CLIP_STEPS - steps + 1))
+        for given in inputs:
+            if isinstance(given, ImageInput):
+                each[given.name] = _altered(each[given.name][start : start + steps], rng)
+        for name, values in each.items():
+            each[name] = values[:steps]
+    shown = [prepared(inputs, each) for each in raw]
+    stacked = {k: np.stack([each[k] for each in shown], 1) for k in shown[0]}
+    dt = rng.uniform(0.5, 3.0, (steps, streams)).astype(np.float32)
+    return ParitySequence(f"carphone altered, {steps}x{streams}", stacked, dt)
+
+
+def _altered(crops: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    side = crops.shape[1]
+    gain, gamma, tint = rng.uniform(0.4, 1.3), rng.uniform(0.7, 1.5), rng.uniform(0.85, 1.15, 3)
+    turn, scale, shift = rng.uniform(-15, 15), rng.uniform(0.9, 1.1), rng.uniform(-0.05, 0.05, 2) * side
+    matrix = cv2.getRotationMatrix2D((side / 2, side / 2), turn, scale)
+    matrix[:, 2] += shift
+    bar, begin = int(rng.integers(0, side * 3 // 4)), int(rng.integers(0, len(crops)))
+    mirrored = rng.random() < 0.5
+    made = []
+    for t, crop in enumerate(crops):
+        lit = np.clip(255 * (crop / 255.0) ** gamma * gain * tint, 0, 255).astype(np.uint8)
+        moved = cv2.warpAffine(lit, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
+        if begin <= t < begin + len(crops) // 4:
+            moved[bar : bar + side // 6] = 128
+        made.append(moved[:, ::-1] if mirrored else moved)
+    return np.stack(made)
+
+
+def drift_sequence(features: Mapping[str, Array], steps: int, seed: int = 0) -> ParitySequence:
+    """Encoded moments of the clip, there and back again for as long as is wanted, with uneven dt.
 
     Args:
-        seen: features of the clip's first moments, (n, ...) each, n >= 1.
+        features: of consecutive moments, (n, ...) each, n >= 1.
         steps: length.
-        streams: side by side.
-        seed: of the noise.
+        seed: of dt.
     """
-    rng = np.random.default_rng(seed)
-    made = {}
-    for name, values in seen.items():
-        spread = np.maximum(values.std(), 1e-3)
-        noise = _drift(rng, steps, (streams, *values.shape[1:]))
-        made[name] = (values.mean(0) + spread * noise).astype(np.float32)
-    dt = rng.uniform(0.25, 4.0, (steps, streams)).astype(np.float32)
-    return ParitySequence(f"recurrent part, random-{steps}x{streams}", made, dt)
+    count = len(next(iter(features.values())))
+    order = np.concatenate([np.arange(count), np.arange(count - 1)[:0:-1]])
+    rows = np.resize(order, steps)
+    dt = np.random.default_rng(seed).uniform(0.25, 4.0, (steps, 1)).astype(np.float32)
+    return ParitySequence(
+        f"recurrent part, {steps} steps", {k: v[rows][:, None] for k, v in features.items()}, dt, True, -(-steps // 100)
+    )
 
 
 def parity_sequences(inputs: Sequence[Input], steps: int = CLIP_STEPS) -> list[ParitySequence]:
-    """What every export is held to: the clip forwards, stretches of it side by side, and a random sequence.
+    """What every export is held to: the clip, stretches of it side by side and altered, and a random sequence.
 
     Args:
         inputs: of the model.
@@ -137,7 +178,9 @@ def parity_sequences(inputs: Sequence[Input], steps: int = CLIP_STEPS) -> list[P
         for k, v in clip.items()
     }
     dt = np.tile(np.array([1.0, 0.5, 2.0, 1.5], np.float32), (quarter, 1))
-    return [first, ParitySequence(f"carphone-{quarter}x4", side_by_side, dt), random_sequence(inputs, 24, 3)]
+    sequences = [first, ParitySequence(f"carphone-{quarter}x4", side_by_side, dt)]
+    altered = altered_sequence(inputs, min(steps, 30), 3)
+    return [*sequences, *([altered] if altered else []), random_sequence(inputs, 24, 3)]
 
 
 def _drift(rng: np.random.Generator, steps: int, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -5,7 +5,7 @@
 2. Crops of the photographs, cut as the device cuts them but by points that are off as a detector's are, teach the
    landmark network.
 3. Both are exported, and what the device's own code does with them on what was held out is measured
-   (`recipes.face_eval`); the figures go into training.json and MODEL_CARD.md.
+   (`recipes.face_eval`); the figures go into training.json and MODEL_CARD.md. Their INT8 ranges lie beside them.
 
 Epochs are chosen on photographs of people that are neither trained on nor held out.
 """
@@ -26,9 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from affect_export._commands import exit_code
+from affect_export.calibration import calibrate
 from affect_export.models.base import AffectModel
 from affect_export.models.checkpoint import load_model, save_model
 from affect_export.models.face import FaceConfig, FaceLandmarks, FaceLandmarksConfig, FaceNet
+from affect_export.parity_data import prepared
 from affect_export.recipes.face_card import face_card
 from affect_export.recipes.face_data import (
     FIVE_VERTICES,
@@ -42,6 +44,8 @@ from affect_export.recipes.face_data import (
 )
 from affect_export.recipes.face_loss import detection_loss, landmark_loss, presence_loss
 from affect_export.recipes.face_scenes import Material, Picture, render, render_many, spoilt, tinted
+from affect_export.recipes.ranges import stills
+from affect_quantize.gate import ParitySequence
 from affect_quantize.training import TrainingConfig, train
 from affect_runtimes.errors import InputError
 from affect_runtimes.faces import MIN_SCORE, PROPOSED, Detector, box_iou, pick_faces
@@ -79,6 +83,7 @@ class FaceRecipe:
         presence_scenes: scenes in which the detector's findings, right and wrong, are collected for it.
         presence_epochs: in which it learns to tell them apart, beside the landmarks.
         presence_rate: peak learning rate of these.
+        calibrated_on: pictures that the INT8 ranges are measured on.
         seed: of every random choice.
     """
 
@@ -97,6 +102,7 @@ class FaceRecipe:
     presence_scenes: int = 16_000
     presence_epochs: int = 3
     presence_rate: float = 1.5e-3
+    calibrated_on: int = 1024
     seed: int = 0
 
 
@@ -480,6 +486,17 @@ def collect_findings(
 # All of it.
 
 
+def shown(model: AffectModel, sources: Sources, recipe: FaceRecipe) -> tuple[list[ParitySequence], str]:
+    """What the INT8 ranges of one of the networks are measured on, and what that is in words."""
+    if isinstance(model, FaceNet):
+        pictures, _ = render_many(sources.material(0), model.config.image_px, recipe.calibrated_on, 5000)
+        return stills("picture", prepared(model.inputs(), {"picture": pictures})["picture"]), "composed training scenes"
+    assert isinstance(model, FaceLandmarks)
+    photographs = sources.photographs
+    pictures, _ = landmark_crops(photographs, photographs.rows(0), model.config, recipe.calibrated_on, 5000)
+    return stills("face", prepared(model.inputs(), {"face": pictures})["face"]), "crops of training photographs"
+
+
 def load(faces: Path, clips: Path, teacher: Teacher, backgrounds: Path, cache: Path) -> Sources:
     """Reads everything once."""
     return Sources(
@@ -511,9 +528,14 @@ def build(
                     shape = FaceLandmarksConfig()
                     model = train_landmarks(sources, eager, recipe, shape, output / "landmarks", cache)
                 save_model(model, path, version=VERSION, trained=True)
+            ranges = path.with_suffix(".calibration.json")
+            if not ranges.exists():
+                checkpoint = load_model(name, path)
+                calibrate(checkpoint, *shown(checkpoint.model, sources, recipe)).save(ranges)
             checkpoint = load_model(name, path)
             made[name] = checkpoint.model
-            export_model(checkpoint, cpu, bundle, bounds=cpu.bounds, parity_steps=24)
+            # In INT8, as it is shipped.
+            export_model(checkpoint, cpu, bundle, parity_steps=24)
         detector, plain = Detector(bundles["face"], bundles["face-landmarks"]), Detector(bundles["face"])
         table = evaluate(detector, plain, sources, teacher, clips)
     table |= {

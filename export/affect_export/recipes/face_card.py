@@ -10,7 +10,7 @@ _CARD = """# affect-face {version}
 Finds faces for the other models here: `face`, one small network over the whole picture reduced to 160 pixels ({face:,}
 parameters), gives boxes, scores and five points in one pass; `face-landmarks` ({landmarks:,} parameters) looks at each
 found face at the frame's own resolution, gives the five points again and 68 landmarks in the iBUG order, and has a say
-in the score. fp32, trained from nothing for this project. Licence: Apache-2.0.
+in the score. Trained from nothing for this project, shipped in INT8. Licence: Apache-2.0.
 
 ## Intended use
 
@@ -35,8 +35,8 @@ blurred, noisy, grey or tinted, covered in part; up to three, or none.
 
 ## Measured, by `affect-train-face`, on what was not trained on
 
-All by the device's own code on the exported bundles, at the default score of {min_score}. The score was chosen on other
-people and the training pictures.
+All by the device's own code on the exported INT8 bundles, at the default score of {min_score}. The score was chosen
+on other people and the training pictures.
 
 | what | figure |
 |---|---|

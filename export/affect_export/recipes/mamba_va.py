@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from affect_export.models.checkpoint import save_model
+from affect_export.calibration import calibrate
+from affect_export.models.checkpoint import load_model, save_model
 from affect_export.models.mamba_va import MambaVA, MambaVAConfig
 from affect_export.models.student import EXPRESSIONS, StudentConfig
-from affect_export.recipes import data, sequences, student
+from affect_export.recipes import data, ranges, sequences, student
 from affect_export.recipes.augment import Augmentation, View, crop_batch, plain
 from affect_quantize.losses import ccc_loss, soft_cross_entropy
 from affect_quantize.training import TrainingConfig, train
@@ -71,7 +72,7 @@ class _Still(nn.Module):
 
 
 def build(sources: student.Sources, config: MambaVAConfig, recipe: student.Recipe, output: Path) -> dict[str, float]:
-    """Both stages; leaves mamba-va.safetensors, its card and training.json in `output`, and returns the figures.
+    """Both stages; leaves weights, INT8 ranges, card and training.json in `output`, and returns the figures.
 
     Args:
         sources: as of the student.
@@ -83,7 +84,10 @@ def build(sources: student.Sources, config: MambaVAConfig, recipe: student.Recip
     model = MambaVA(config)
     figures = _train_encoder(model, sources, recipe, output / "encoder")
     figures |= _train_temporal(model, sources, recipe.seed, output / "temporal")
-    save_model(model, output / "mamba-va.safetensors", version=VERSION, trained=True)
+    path = output / "mamba-va.safetensors"
+    save_model(model, path, version=VERSION, trained=True)
+    shown = ranges.faces_and_clips(sources, _view(config), model.clock(), recipe.seed)
+    calibrate(load_model("mamba-va", path), shown, ranges.DATA).save(path.with_suffix(".calibration.json"))
     table = figures | {"parameters": float(sum(p.numel() for p in model.parameters()))}
     (output / "training.json").write_text(json.dumps(table, indent=1) + "\n")
     (output / "MODEL_CARD.md").write_text(card(table))
@@ -202,11 +206,15 @@ def _train_temporal(model: MambaVA, sources: student.Sources, seed: int, folder:
     return {k: v for k, v in best.items() if k.endswith("_ccc")} | {"held_out_clips": float(len(validation))}
 
 
+def _view(config: MambaVAConfig) -> View:
+    return View(config.image_px, config.mean, config.std)
+
+
 @torch.no_grad()
 def _encode(model: MambaVA, clip: data.Clip, generator: torch.Generator) -> Tensor:
     """Features (VIEWS, T, encoder_width) of a clip, the first of it as it is."""
     model.eval()
-    view = View(model.config.image_px, (0.5,) * 3, (0.25,) * 3)
+    view = _view(model.config)
     images, found = torch.from_numpy(clip.images), []
     for number in range(VIEWS):
         x = (

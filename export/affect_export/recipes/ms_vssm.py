@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from affect_export.models.checkpoint import save_model
+from affect_export.calibration import calibrate
+from affect_export.models.checkpoint import load_model, save_model
 from affect_export.models.ms_vssm import MSVSSM, MSVSSMConfig
 from affect_export.models.student import EXPRESSIONS
-from affect_export.recipes import labels
+from affect_export.recipes import labels, ranges
 from affect_export.recipes.augment import View, plain
 from affect_export.recipes.data import Faces
 from affect_quantize.metrics import uar
@@ -19,6 +20,7 @@ from affect_quantize.metrics import uar
 __all__ = ["VSSMTeacher", "card", "keep", "quadrants"]
 
 VERSION = "0.1.0"
+_CALIBRATED_ON, _DATA = 512, "faces of FER+ that were trained on"
 
 
 class VSSMTeacher(nn.Module):
@@ -65,7 +67,7 @@ def quadrants(distribution: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def keep(teacher: VSSMTeacher, faces: Faces, view: View, folder: Path) -> dict[str, float]:
-    """Leaves the model without its second head, its card and training.json in `folder`; returns the figures.
+    """Leaves the model without its second head, INT8 ranges, card and training.json in `folder`; returns the figures.
 
     Args:
         teacher: trained.
@@ -94,10 +96,21 @@ def keep(teacher: VSSMTeacher, faces: Faces, view: View, folder: Path) -> dict[s
         "parameters": float(sum(p.numel() for p in teacher.model.parameters())),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(teacher.model, folder / "ms-vssm.safetensors", version=VERSION, trained=True)
+    path = folder / "ms-vssm.safetensors"
+    save_model(teacher.model, path, version=VERSION, trained=True)
+    calibrate_on(faces, view, path)
     (folder / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
     (folder / "MODEL_CARD.md").write_text(card(figures))
     return figures
+
+
+def calibrate_on(faces: Faces, view: View, path: Path) -> None:
+    """Leaves the INT8 ranges of a saved model beside it, measured on faces that were trained on."""
+    rows = np.flatnonzero(~faces.validation)
+    rows = np.sort(np.random.default_rng(0).choice(rows, min(_CALIBRATED_ON, len(rows)), replace=False))
+    pictures = plain(torch.from_numpy(faces.images[rows]), faces.aligned, view).numpy()
+    shown = ranges.stills("frame", pictures)
+    calibrate(load_model("ms-vssm", path), shown, _DATA).save(path.with_suffix(".calibration.json"))
 
 
 def card(figures: Mapping[str, float]) -> str:

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from affect_export.models.checkpoint import save_model
+from affect_export.calibration import calibrate
+from affect_export.models.checkpoint import load_model, save_model
 from affect_export.models.student import Student, StudentConfig
-from affect_export.recipes import data, labels, measure, sequences
+from affect_export.recipes import data, labels, measure, ranges, sequences
 from affect_export.recipes.augment import Augmentation, crop_batch, plain, view_of
 from affect_export.recipes.card import student_card
 from affect_export.recipes.soft_labels import SoftLabels, taught
@@ -140,10 +141,20 @@ def predict(model: Student, faces: data.Faces, rows: Any, repeats: int = 1) -> d
 
 def score_ferplus(model: Student, faces: data.Faces, repeats: int = 1) -> dict[str, float]:
     """Accuracy on FER+'s validation split under both counting rules, with counts, and the proxy's CCC."""
+    rows = np.flatnonzero(faces.validation)
+    return score_words(faces, rows, predict(model, faces, rows, repeats))
+
+
+def score_words(faces: data.Faces, rows: Any, outputs: dict[str, Any]) -> dict[str, float]:
+    """The same of what any model said of some of the faces.
+
+    Args:
+        faces: of FER+.
+        rows: of them.
+        outputs: by the student's names, a row each.
+    """
     from affect_runtimes.compare import ccc
 
-    rows = np.flatnonzero(faces.validation)
-    outputs = predict(model, faces, rows, repeats)
     guess, figures = outputs["expression"].argmax(1), {}
     for rule, label in (
         ("majority", labels.majority_label(faces.votes[rows])),
@@ -257,7 +268,10 @@ def build(
             "start": "dlib's face recognition network" if start is not None else "nothing",
             "parameters": sum(p.numel() for p in model.parameters()),
         }
-    save_model(model, output / "student.safetensors", version=VERSION, trained=True)
+    path = output / "student.safetensors"
+    save_model(model, path, version=VERSION, trained=True)
+    shown = ranges.faces_and_clips(sources, view_of(config), model.clock(), recipe.seed)
+    calibrate(load_model("student", path), shown, ranges.DATA).save(path.with_suffix(".calibration.json"))
     (output / "MODEL_CARD.md").write_text(student_card(VERSION, table))
     measure.draw(table, output)
     stages = {stage: json.loads((output / stage / "history.json").read_text()) for stage in ("images", "sequences")}

@@ -1,17 +1,28 @@
 """What a target is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from affect_quantize.qdq import Ranges
 from affect_runtimes.compare import Bound
+from affect_runtimes.errors import InputError
 from affect_runtimes.interface import Tensor
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["GraphSource", "Target", "WrittenGraph"]
+__all__ = ["FP32_BOUNDS", "INT8_BOUNDS", "GraphSource", "Plan", "Target", "WrittenGraph", "write_graphs"]
+
+FP32_BOUNDS = (Bound("*", "max_abs", 1e-4), Bound("*", "ccc", 0.9999), Bound("*", "agreement", 0.99))
+INT8_BOUNDS = (
+    Bound("*", "ccc", 0.99),
+    Bound("*", "least_ccc", 0.95),
+    Bound("*", "agreement", 0.98),
+    Bound("*", "drop", 0.5),
+)
+"""What an artefact must keep against its float model, where a target has no policy of its own."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,42 @@ class WrittenGraph:
     data: str | None = None
 
 
+def write_graphs(
+    graphs: Sequence[GraphSource], folder: Path, suffix: str, write: Callable[[GraphSource, Path], str | None]
+) -> list[WrittenGraph]:
+    """Every graph in fp32, as ROLE and a suffix.
+
+    Args:
+        graphs: what to write.
+        folder: where to.
+        suffix: of the engine's files, with its dot.
+        write: (graph, file) -> writes it, and says which file beside it has its large tensors, if any.
+    """
+    written = []
+    for source in graphs:
+        file = f"{source.role}{suffix}"
+        data = write(source, folder / file)
+        written.append(WrittenGraph(source, file, {layer: "float32" for layer in source.layers}, data))
+    return written
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the layers of a model become INT8.
+
+    Attributes:
+        ranges: role of the graph -> layer -> range of its activations.
+        keep: (role, layer) of those that stay in float.
+    """
+
+    ranges: Mapping[str, Ranges]
+    keep: frozenset[tuple[str, str]] = frozenset()
+
+    def kept_in(self, role: str) -> frozenset[str]:
+        """The layers of one graph that stay in float."""
+        return frozenset(layer for where, layer in self.keep if where == role)
+
+
 @dataclass(frozen=True)
 class Target:
     """A device, an engine and a precision policy.
@@ -58,9 +105,12 @@ class Target:
         name: on the command line.
         summary: one line for `--list-targets`.
         engine: name in `affect_runtimes.base.ENGINES`.
-        arch: machine names (as `platform.machine()` gives them) that the artefact runs on.
-        bounds: what it must keep against the float model; a command line may only tighten them.
-        builder: writes the graphs into a folder.
+        arch: machines (in the words of `affect_runtimes.base.machine`) that the artefact runs on.
+        bounds: precision, "int8", "fp16" or "fp32" -> what must be kept against the float model, which a command line
+            may only tighten. The first is the default.
+        builder: writes the graphs into a folder, in float.
+        quantizer: (what the builder wrote, where to, another folder, plan) -> writes the graphs in INT8 into the other.
+        calibrated: whether the quantizer wants ranges, and can leave layers in float.
         libraries: distributions whose versions the manifest records.
     """
 
@@ -68,6 +118,20 @@ class Target:
     summary: str
     engine: str
     arch: tuple[str, ...]
-    bounds: tuple[Bound, ...]
+    bounds: Mapping[str, tuple[Bound, ...]]
     builder: Callable[[list[GraphSource], Path], list[WrittenGraph]]
     libraries: tuple[str, ...]
+    quantizer: Callable[[list[WrittenGraph], Path, Path, Plan], list[WrittenGraph]] | None = None
+    calibrated: bool = True
+
+    def precision(self, asked: str | None) -> str:
+        """What was asked for, or the default.
+
+        Raises:
+            InputError: this target has no such precision.
+        """
+        if asked is None:
+            return next(iter(self.bounds))
+        if asked not in self.bounds:
+            raise InputError(f"target {self.name} has no {asked}; it has {' and '.join(self.bounds)}")
+        return asked

@@ -83,18 +83,19 @@ class Clip:
     fps: float | None
 
 
-def list_sources(folder: Path, stills: bool = False) -> list[Source]:
+def list_sources(folder: Path, stills: bool = False, option: str = "--data") -> list[Source]:
     """Everything in a data folder, in a fixed order.
 
     Args:
         folder: of the data.
         stills: subfolders hold pictures in no order, not clips.
+        option: of the command line that named it, for messages.
 
     Raises:
         InputError: no such folder, or nothing in it that is known.
     """
     if not folder.is_dir():
-        raise InputError(f"--data {folder}: there is no such folder")
+        raise InputError(f"{option} {folder}: there is no such folder")
     files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: _natural(p.relative_to(folder)))
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     pictures = [p for p in files if p.suffix.lower() in _PICTURES]
@@ -102,7 +103,7 @@ def list_sources(folder: Path, stills: bool = False) -> list[Source]:
     if not pictures and not others:
         found = ", ".join(sorted({p.suffix or p.name for p in files})[:8]) or "nothing"
         raise InputError(
-            f"--data {folder}: holds no picture ({' '.join(_PICTURES)}), no video ({' '.join(_VIDEOS)}) and no .npz "
+            f"{option} {folder}: holds no picture ({' '.join(_PICTURES)}), no video ({' '.join(_VIDEOS)}) and no .npz "
             f"sequence; found {found}"
         )
     if rest := len(files) - len(pictures) - len(others):

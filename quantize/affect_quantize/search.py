@@ -1,0 +1,94 @@
+"""Which layers stay in float: what each one costs in INT8, and giving back the costliest until a gate is kept."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from affect_quantize.gate import GateReport
+from affect_quantize.qdq import Layer
+
+__all__ = ["LayerCost", "give_back", "relative_error"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer in INT8 costs when all others are float.
+
+    Attributes:
+        role: the graph it is in.
+        layer: which.
+        errors: output -> `relative_error` of the model with only this layer in INT8.
+    """
+
+    role: str
+    layer: Layer
+    errors: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        return max(self.errors.values())
+
+    @property
+    def worst_output(self) -> str:
+        return max(self.errors, key=self.errors.__getitem__)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "graph": self.role,
+            "layer": self.layer.name,
+            "kind": self.layer.kind,
+            "parameters": self.layer.parameters,
+            "errors": {name: float(f"{error:.3g}") for name, error in self.errors.items()},
+        }
+
+
+def relative_error(reference: Array, other: Array) -> float:
+    """Root mean square difference over the reference's standard deviation; of a constant, over its size."""
+    a, b = np.asarray(reference, np.float64), np.asarray(other, np.float64)
+    spread = a.std() or np.abs(a).max() or 1.0
+    return float(np.sqrt(((a - b) ** 2).mean()) / spread)
+
+
+def give_back(
+    attempt: Callable[[frozenset[tuple[str, str]]], GateReport], costs: Callable[[], Sequence[LayerCost]]
+) -> tuple[frozenset[tuple[str, str]], GateReport]:
+    """The most layers in INT8 with which a gate is kept, when the costliest go back to float first.
+
+    How many must go back is found by halving, as if giving back one more never broke a gate that was kept; what is
+    returned was itself attempted, and last.
+
+    Args:
+        attempt: (role, layer) of those that stay in float -> what the gate says.
+        costs: of every layer; asked only if the gate is not kept with all in INT8.
+
+    Returns:
+        What stays in float, and the report on it: one that passed, or, with every layer in float, one that did not.
+    """
+    nothing: frozenset[tuple[str, str]] = frozenset()
+    report = attempt(nothing)
+    if report.passed:
+        return nothing, report
+    order = [(c.role, c.layer.name) for c in sorted(costs(), key=lambda c: c.worst, reverse=True)]
+    too_few, enough, tried = 0, len(order), 0
+    report = attempt(frozenset(order))
+    if not report.passed:
+        return frozenset(order), report
+    passed = report
+    # Steps double first: mostly a few layers are to blame, and every attempt takes seconds.
+    guess = 1
+    while enough - too_few > 1:
+        tried = min(guess, (too_few + enough) // 2)
+        report = attempt(frozenset(order[:tried]))
+        if report.passed:
+            enough, passed = tried, report
+        else:
+            too_few, guess = tried, guess * 2
+    if enough != tried:
+        # The graphs that lie there now are of another attempt.
+        passed = attempt(frozenset(order[:enough]))
+    return frozenset(order[:enough]), passed
