@@ -23,6 +23,7 @@ from affect_export.calibration import load_calibration
 from affect_export.models.checkpoint import SHIPPED, Checkpoint, load_model
 from affect_export.models.student import Student
 from affect_export.parity_data import carphone_crops, parity_sequences
+from affect_export.quantization import METHOD
 from affect_export.recipes import data, student
 from affect_export.recipes.augment import plain, view_of
 from affect_export.targets import TARGETS, Plan, Target, WrittenGraph
@@ -79,10 +80,10 @@ def main() -> None:
             bundles[f"ONNX Runtime INT8, {method}"] = made(checkpoint, TARGETS["cpu"], folder / method, method)
         try:
             bundles["LiteRT fp32"] = made(checkpoint, TARGETS["tflite"], folder / "lite", None)
-            bundles["LiteRT INT8"] = made(checkpoint, TARGETS["tflite"], folder / "lite8", "mse")
+            bundles["LiteRT INT8"] = made(checkpoint, TARGETS["tflite"], folder / "lite8", METHOD)
         except MissingDependencyError as error:
             print(f"left out: {error}")
-        _speed({k: v for k, v in bundles.items() if "INT8, " not in k or k.endswith("mse")}, a.repeats)
+        _speed({k: v for k, v in bundles.items() if "INT8, " not in k or k.endswith(METHOD)}, a.repeats)
         _parity(checkpoint, bundles)
         if a.ferplus is not None:
             _accuracy(model, bundles, data.load_ferplus(a.ferplus, a.detector, a.cache)[0])

@@ -36,7 +36,6 @@ from affect_runtimes.model import BundleModel
 MODELS = (
     ("student", SHIPPED),
     ("mamba-va", SHIPPED.parent / "mamba-va-narrow" / "mamba-va.safetensors"),
-    ("ms-vssm", SHIPPED.parent / "ms-vssm-narrow" / "ms-vssm.safetensors"),
 )
 PROJECTIONS = ("in_proj", "out_proj")
 _MARK = ".rotation"

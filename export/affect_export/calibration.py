@@ -125,13 +125,14 @@ def trajectory(model: AffectModel, sequence: ParitySequence) -> Iterator[tuple[s
     state = model.initial_state(sequence.dt.shape[1])
     names = [s.name for s in model.states()]
     for t, interval in enumerate(sequence.dt):
+        # Nothing is handed out in here: whoever takes it would run without gradients, too.
         with torch.no_grad():
             seen, rings = model.perceive({k: torch.from_numpy(v[t]) for k, v in sequence.inputs.items()}, state)
             features = model.encode(seen)
-            yield "encoder", {k: v.numpy() for k, v in seen.items()}
-            carried = {k: state[k].numpy() for k in names}
-            yield "step", {k: v.numpy() for k, v in features.items()} | {"dt": interval} | carried
             _, following = model.step_features(features, state, torch.from_numpy(interval))
+        carried = {k: state[k].numpy() for k in names}
+        yield "encoder", {k: v.numpy() for k, v in seen.items()}
+        yield "step", {k: v.numpy() for k, v in features.items()} | {"dt": interval} | carried
         state = {**state, **rings, **following}
 
 

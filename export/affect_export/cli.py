@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from affect_export.export import ExportResult
     from affect_export.models.checkpoint import Checkpoint
     from affect_export.quantization import Quantized
-    from affect_export.targets import Target
     from affect_quantize.gate import ParitySequence
 
 __all__ = ["main", "train_face_main", "train_mamba_va_main", "train_student_main", "train_teachers_main"]
@@ -132,16 +131,32 @@ def _run(arguments: argparse.Namespace) -> None:
 
     find_model(arguments.model)
     precision = target.precision(arguments.precision)
+    quantized = target.calibrated and precision == "int8"
+    for option, given, needed, useful in (
+        ("--report", arguments.report, "an INT8 whose layers can stay in float", quantized),
+        ("--calibration", arguments.calibration, "a calibrated INT8", quantized),
+        ("--save-calibration", arguments.save_calibration, "--calibration FOLDER", arguments.calibration is not None),
+        (
+            "--detector",
+            arguments.detector,
+            "--calibration or --parity-data",
+            arguments.calibration is not None or arguments.parity_data is not None,
+        ),
+    ):
+        if given is not None and not useful:
+            raise InputError(f"{option} needs {needed}; {target.name} in {precision} is asked for")
     bounds = tighten(target.bounds[precision], arguments.max_drop)
     if arguments.report is not None:
         require("matplotlib")
-        if not (target.calibrated and precision == "int8"):
-            raise InputError(f"--report: {target.name} in {precision} has no layers that could stay in float")
+        if arguments.report.exists() and not arguments.report.is_dir():
+            raise InputError(f"--report {arguments.report}: exists and is not a folder")
+    if arguments.save_calibration is not None and not arguments.save_calibration.absolute().parent.is_dir():
+        raise InputError(f"--save-calibration: there is no folder {arguments.save_calibration.absolute().parent}")
     output = arguments.output or Path(f"{arguments.model}-{target.name}")
     check_output_folder(output, arguments.force)
     checkpoint = _checkpoint(arguments)
     with _progress(arguments.json) as progress:
-        calibration = _calibration(arguments, checkpoint, target, precision, progress)
+        calibration = _calibration(arguments, checkpoint, progress)
         own = _own_sequences(arguments, checkpoint, progress)
         result = export_model(
             checkpoint,
@@ -155,6 +170,7 @@ def _run(arguments: argparse.Namespace) -> None:
             dry_run=arguments.dry_run,
             parity_steps=arguments.parity_steps,
             full_parity=arguments.full_parity,
+            measure_layers=arguments.report is not None,
             progress=progress,
         )
     if arguments.report is not None:
@@ -181,8 +197,6 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 def _calibration(
     arguments: argparse.Namespace,
     checkpoint: "Checkpoint",
-    target: "Target",
-    precision: str,
     progress: Callable[[str], None],
 ) -> "Calibration | None":
     from affect_export.calibration import FRAMES, HELD, calibrate, load_calibration
@@ -190,10 +204,6 @@ def _calibration(
     from affect_runtimes.errors import InputError
 
     path: Path | None = arguments.calibration
-    if not (target.calibrated and precision == "int8"):
-        if path is not None:
-            raise InputError(f"--calibration is of no use to {target.name} in {precision}")
-        return None
     if path is None or path.is_file():
         if arguments.save_calibration is not None:
             raise InputError("--save-calibration needs --calibration FOLDER")
@@ -365,6 +375,8 @@ def _print_result(result: "ExportResult") -> None:
 
 
 def _print_layers(console: Any, quantized: "Quantized") -> None:
+    if not quantized.costs:
+        return
     table = _table(
         "layers", "graph", "kind", "INT8", "float", "worst layer alone", "its error, of the spread", "of output"
     )

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -36,6 +37,7 @@ _DRIFT_STEPS_OF_LARGE = 200
 _SMALL = 20_000_000  # parameters
 _STEPS_OF_LARGE = 3
 _TIMED_RUNS = 100
+_LIKENESSES = ("ccc", "least_ccc", "agreement")
 _MARKER = "manifest.json"
 _SCRATCH = ".unfinished"
 
@@ -92,11 +94,11 @@ def tighten(bounds: Sequence[Bound], max_drop: float | None) -> tuple[Bound, ...
         raise InputError(f"--max-drop is a fraction in [0, 1]; found {max_drop:g}")
     floor, result = 1.0 - max_drop, []
     for bound in bounds:
-        if bound.metric in ("ccc", "agreement"):
+        if bound.metric in _LIKENESSES:
             bound = replace(bound, limit=max(bound.limit, floor))
         result.append(bound)
-    if all(b.limit > floor for b in result if b.metric in ("ccc", "agreement")):
-        loosest = max(1.0 - b.limit for b in bounds if b.metric in ("ccc", "agreement"))
+    if all(b.limit > floor for b in result if b.metric in _LIKENESSES):
+        loosest = max(1.0 - b.limit for b in bounds if b.metric in _LIKENESSES)
         raise InputError(
             f"--max-drop {max_drop:g} is looser than the target's own bounds (drop <= {loosest:g}); it can only tighten"
         )
@@ -145,6 +147,7 @@ def export_model(
     dry_run: bool = False,
     parity_steps: int | None = None,
     full_parity: bool = False,
+    measure_layers: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportResult:
     """Writes a bundle, or nothing.
@@ -164,6 +167,7 @@ def export_model(
         dry_run: do everything but the move.
         parity_steps: frames of the clip to compare over; None is all of them, or three for a model of over 20 million
             parameters, whose recurrent half is then tried on features alone for longer.
+        measure_layers: say what each layer costs in INT8 although the gate is kept with all of them.
         full_parity: try the recurrent half over 100,000 steps instead of 2,000.
         progress: told each stage as it begins.
 
@@ -198,14 +202,25 @@ def export_model(
             folder.mkdir()
             drift = FULL_DRIFT_STEPS if full_parity else DRIFT_STEPS
             made = _write(
-                checkpoint, target, precision, bounds, calibration, own, folder, parity_steps, drift, progress
+                checkpoint,
+                target,
+                precision,
+                bounds,
+                calibration,
+                own,
+                folder,
+                parity_steps,
+                drift,
+                measure_layers,
+                progress,
             )
             if not made.report.passed:
                 raise ParityError(_refusal(target, precision, made.report, made.quantized))
-            if made.quantized is not None and len(made.quantized.keep) == len(made.quantized.costs):
+            if made.quantized is not None and len(made.quantized.keep) == len(made.quantized.costs) > 0:
                 raise ParityError(
-                    f"the {target.name} bundle keeps its bounds only with every layer in float, nothing was written; "
-                    "export it with --precision fp32, or calibrate on more of what the model will see"
+                    _refusal(target, precision, made.quantized.first, made.quantized)
+                    + ". It keeps its bounds only with every layer in float; export it with --precision fp32, or "
+                    "calibrate on more of what the model will see"
                 )
             progress("timing")
             model = BundleModel(folder, any_machine=True)
@@ -225,7 +240,7 @@ def export_model(
                 made.quantized,
             )
             if not dry_run:
-                _publish(folder, output)
+                _publish(folder, output, force)
             return result
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -272,10 +287,9 @@ def _folder_for(parent: Path) -> Iterator[None]:
 def _sweep(parent: Path, name: str) -> None:
     """Removes what exports of the same bundle left that were killed outright."""
     for left in parent.iterdir():
-        if left.name.startswith(f".{name}.") and left.name.endswith(_SCRATCH):
-            number = left.name.removeprefix(f".{name}.").partition(".")[0]
-            if number.isdecimal() and not _runs(int(number)):
-                shutil.rmtree(left, ignore_errors=True)
+        found = re.fullmatch(rf"\.{re.escape(name)}\.(\d+)\.[^.]+{re.escape(_SCRATCH)}", left.name)
+        if found and not _runs(int(found[1])):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _runs(process: int) -> bool:
@@ -290,14 +304,16 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _publish(folder: Path, output: Path) -> None:
+def _publish(folder: Path, output: Path, force: bool) -> None:
+    # Once more: an export takes minutes, in which somebody may have put something there.
+    check_output_folder(output, force)
     folder.chmod(0o755)
     if output.is_dir() and any(output.iterdir()):
         old = folder.parent / "old"
         output.rename(old)
         try:
             folder.rename(output)
-        except OSError:
+        except BaseException:
             old.rename(output)
             raise
     else:
@@ -316,6 +332,7 @@ def _write(
     folder: Path,
     steps: int | None,
     drift_steps: int,
+    measure_layers: bool,
     progress: Callable[[str], None],
 ) -> "_Made":
     model = checkpoint.model
@@ -331,7 +348,7 @@ def _write(
     sequences = [*parity_sequences(model.inputs(), steps), verification.sequence, *own]
     if not model.states():
         drift_steps = 2  # without a memory there is no drift to find
-    elif large:
+    elif large and drift_steps == DRIFT_STEPS:
         drift_steps = min(drift_steps, _DRIFT_STEPS_OF_LARGE)
     sequences.append(drift_sequence(_features(model, sequences[0]), drift_steps))
     gate = Gate(
@@ -356,7 +373,7 @@ def _write(
             progress("calibration over noise, as the weights are random")
             calibration = noise_calibration(checkpoint, floats, source)
         progress("INT8, held to the float model")
-        quantized = quantize(model, target, floats, source, folder, calibration, attempt)
+        quantized = quantize(model, target, floats, source, folder, calibration, attempt, measure_layers)
         written, report = quantized.written, quantized.report
     else:
         progress(f"{precision}, held to the float model")

@@ -65,7 +65,7 @@ def _page(result: ExportResult) -> str:
         f"![what each layer costs]({PICTURE})",
         "",
         "Root mean square difference of the output that suffers most when one layer alone is INT8, as a share of the",
-        "output's standard deviation over the parity clip.",
+        "output's standard deviation over moments of the parity clip.",
         "",
         "| graph | layer | kind | weights | costs |",
         "|---|---|---|---|---|",

@@ -22,18 +22,20 @@ from numpy.typing import NDArray
 
 from affect_export.models.base import AffectModel
 from affect_export.parity_data import prepared
-from affect_export.recipes.distill.data import Reader, Source, list_sources
+from affect_export.recipes.distill.data import Clip, Reader, Source, list_sources
 from affect_quantize.gate import ParitySequence
 from affect_runtimes.errors import InputError
 from affect_runtimes.interface import Output
+from affect_runtimes.manifest import Clock
 
-__all__ = ["LABELS_FILE", "MOST_FRAMES", "check_apart", "read_folder"]
+__all__ = ["GROUP", "LABELS_FILE", "MOST_FRAMES", "check_apart", "read_folder"]
 
 Array = NDArray[Any]
 LABELS_FILE = "labels.csv"
 MOST_FRAMES = 8192
-"""Frames of a folder that are read at most."""
-_FEWEST = 24  # frames of a sequence whose correlations are told
+"""Frames of a folder that are read at most, spread over its files."""
+GROUP = "own data"
+"""What the comparison is called: names of files are nobody's business on the device."""
 _LONGEST = 2048  # steps of one sequence; a clip goes on in the next, from the initial state
 
 
@@ -65,41 +67,65 @@ def read_folder(
     inputs, clock = model.inputs(), model.clock()
     reader = Reader({"student": inputs}, detector)
     labels = _Labels(folder, model.outputs(), option)
+    sources = list_sources(folder, option=option)
     sequences: list[ParitySequence] = []
-    for source in list_sources(folder, option=option):
-        if most <= 0:
-            break
+    for number, source in enumerate(sources):
         clip = reader.read(source)
-        usable = np.flatnonzero(clip.valid)[:most]
-        known = labels.of(source, len(clip.valid))
-        most -= len(usable)
-        interval = 1.0
+        usable, known = np.flatnonzero(clip.valid), labels.of(source, len(clip.valid))
+        # Its share of what may still be read, so that the last file counts for as much as the first.
+        share = max(1, most // (len(sources) - number))
         if source.ordered:
-            interval = 1.0 if clip.fps is None else 1 / clip.fps / clock.frame_interval_s
-            if not clock.variable_dt and abs(interval - 1) > 0.05:
-                raise InputError(
-                    f"{option} {source.name}: runs at {clip.fps:g} frames a second; {model.NAME} was trained at "
-                    f"{1 / clock.frame_interval_s:g} and for no other rate"
-                )
-        size = _LONGEST if source.ordered else together
-        for start in range(0, len(usable), size):
-            rows = usable[start : start + size]
+            runs = _runs(usable, _interval(source, clip, clock, model.NAME, option), clock.variable_dt, share)
+        else:
+            usable = usable[np.linspace(0, len(usable) - 1, min(share, len(usable))).astype(int)]
+            parts = [usable[i : i + together] for i in range(0, len(usable), together)]
+            runs = [(part, np.ones((held, len(part)), np.float32)) for part in parts]
+        for rows, dt in runs:
+            most -= len(rows)
             shown = prepared(inputs, {k: v[rows] for k, v in clip.arrays["student"].items()})
             its_labels = {k: v[rows] for k, v in known.items()}
             if source.ordered:
-                dt = np.full((len(rows), 1), interval, np.float32)
                 shown, its_labels = ({k: v[:, None] for k, v in of.items()} for of in (shown, its_labels))
             else:
-                dt = np.ones((held, len(rows)), np.float32)
                 shown, its_labels = ({k: np.stack([v] * held) for k, v in of.items()} for of in (shown, its_labels))
-            name = source.name if start == 0 else f"{source.name}, frame {rows[0]} on"
-            # A correlation over a few frames says nothing: those are there for their labels.
-            natural = dt.size >= _FEWEST
-            sequences.append(ParitySequence(name, shown, dt, natural, labels=its_labels))
+            sequences.append(ParitySequence(source.name, shown, dt, labels=its_labels, group=GROUP))
     if not sequences:
         raise InputError(f"{option} {folder}: no frame with a usable face in it")
     labels.check_used()
     return sequences
+
+
+def _interval(source: Source, clip: Clip, clock: Clock, name: str, option: str) -> float:
+    """Time between two frames of a clip, in the model's own intervals."""
+    interval = 1.0 if clip.fps is None else 1 / clip.fps / clock.frame_interval_s
+    if clock.variable_dt:
+        return interval
+    if abs(interval - 1) > 0.05:
+        raise InputError(
+            f"{option} {source.name}: runs at {clip.fps:g} frames a second; {name} was trained at "
+            f"{1 / clock.frame_interval_s:g} and for no other rate"
+        )
+    return 1.0
+
+
+def _runs(
+    usable: NDArray[np.int64], interval: float, variable: bool, most: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Frames of a clip, at most so many, and the time (n, 1) since the one before; several runs where that must not
+    vary."""
+    if len(usable) == 0:
+        return []
+    if variable:
+        rows = usable[:: -(-len(usable) // most)]
+        since = np.diff(rows, prepend=rows[0] - 1) * interval
+        parts = [slice(i, i + _LONGEST) for i in range(0, len(rows), _LONGEST)]
+        return [(rows[p], since[p, None].astype(np.float32)) for p in parts]
+    rows = usable[:most]
+    return [
+        (run, np.ones((len(run), 1), np.float32))
+        for gapless in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+        for run in np.split(gapless, range(_LONGEST, len(gapless), _LONGEST))
+    ]
 
 
 def check_apart(one: Path, other: Path, options: tuple[str, str]) -> None:
@@ -108,13 +134,14 @@ def check_apart(one: Path, other: Path, options: tuple[str, str]) -> None:
     Raises:
         InputError: they share one, whatever it is called.
     """
-    known = {_digest(p): p for p in sorted(one.rglob("*")) if p.is_file() and p.name != LABELS_FILE}
-    for path in sorted(other.rglob("*")):
-        if path.is_file() and path.name != LABELS_FILE and (same := known.get(_digest(path))):
-            raise InputError(
-                f"{options[0]} and {options[1]} share a file ({same} is {path}); what was calibrated on proves "
-                "nothing, so keep them apart"
-            )
+    known = {_digest(p): p for source in list_sources(one, option=options[0]) for p in source.paths}
+    for source in list_sources(other, option=options[1]):
+        for path in source.paths:
+            if same := known.get(_digest(path)):
+                raise InputError(
+                    f"{options[0]} and {options[1]} share a file ({same} is {path}); what was calibrated on proves "
+                    "nothing, so keep them apart"
+                )
 
 
 def _digest(path: Path) -> bytes:

@@ -24,6 +24,7 @@ METHODS = ("minmax", "percentile", "mse", "entropy")
 # Of the values, this share is clipped at both ends together; of 100 to 10,000 frames the extremes are a few pixels.
 _CLIPPED = 1e-4
 _BINS = 4096
+_LEAST_REACH = 1e-30  # below, bins would have no width in floating point
 _CODES = 256
 
 
@@ -48,8 +49,8 @@ class Histogram:
             raise InputError("a value is not finite")
         self.low, self.high = min(self.low, low), max(self.high, high)
         most = max(-low, high)
-        if self.reach == 0.0:
-            self.reach = most
+        if self.reach == 0.0 and most > 0:
+            self.reach = max(most, _LEAST_REACH)
         while self.reach < most:
             # Two bins become one, around the middle.
             half = self.counts.reshape(-1, 2).sum(1)

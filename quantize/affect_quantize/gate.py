@@ -40,6 +40,8 @@ class ParitySequence:
         every: states are compared after every so many steps, and after the last.
         labels: output -> what is known of it: of a distribution (T, B) whole numbers, the place of the right label, -1
             where nobody knows; of others float32 in the output's own shape, NaN where nobody knows.
+        group: sequences of one group are too short, or too many, to be compared one by one: their outputs are, all
+            together, in a comparison of that name.
     """
 
     name: str
@@ -48,6 +50,7 @@ class ParitySequence:
     natural: bool = True
     every: int = 1
     labels: Mapping[str, Array] = field(default_factory=dict)
+    group: str = ""
 
     def keeps(self, step: int) -> bool:
         """Whether the state after a step is compared."""
@@ -102,7 +105,9 @@ class Gate:
         self.kinds = dict(kinds)
         self._sequences = list(sequences)
         self._expected = [_run(reference, sequence) for sequence in self._sequences]
-        self._whole = [sequence_form(s)[0] if len(s.dt) <= _LONGEST_WHOLE else None for s in self._sequences]
+        self._whole = [
+            sequence_form(s)[0] if len(s.dt) <= _LONGEST_WHOLE and not s.group else None for s in self._sequences
+        ]
 
     def check(self, artefact: Runner, bounds: Sequence[Bound]) -> GateReport:
         """Runs an artefact over every sequence and measures.
@@ -112,7 +117,8 @@ class Gate:
         itself: the whole sequence at once against step by step.
 
         Of a sequence that is nothing a model ever sees, only differences are bound: where a model is at a loss its
-        outputs hardly move, and a correlation of what stands still means nothing.
+        outputs hardly move, and a correlation of what stands still means nothing. A number that is not finite is
+        refused everywhere.
 
         Where there are labels, both are scored by them, over all sequences together: accuracy of a distribution, CCC of
         anything else, the mean over its values; "drop" is what the artefact lost, in hundredths.
@@ -127,6 +133,8 @@ class Gate:
             held = [b for b in bounds if sequence.natural or b.metric in ("max_abs", "mean_abs")]
             found = _run(artefact, sequence)
             said.append(found)
+            if sequence.group:
+                continue
             every = {**self.kinds, **{name: STATE for name in expected if name.startswith("state.")}}
             comparisons[sequence.name] = compare_outputs(expected, found, every, held)
             streams = sequence.dt.shape[1]
@@ -141,6 +149,14 @@ class Gate:
                 comparisons[f"{sequence.name}: float sequence form against step form"] = compare_outputs(
                     whole, expected, self.kinds, held
                 )
+        for group in dict.fromkeys(s.group for s in self._sequences if s.group):
+            rows = [i for i, s in enumerate(self._sequences) if s.group == group]
+            frames = sum(self._sequences[i].dt.size for i in rows)
+            expected, found = (
+                {name: np.concatenate([_flat(every[i][name]) for i in rows])[:, None] for name in self.kinds}
+                for every in (self._expected, said)
+            )
+            comparisons[f"{group}, {frames} frames"] = compare_outputs(expected, found, self.kinds, bounds)
         if scores := self._scores(said, bounds):
             comparisons[LABELS] = scores
         return GateReport(comparisons)

@@ -4,7 +4,7 @@ A layer is a Conv, Gemm or MatMul with constant weights. Its weights become sign
 output channel, symmetric about 0; its input is rounded to 8 bits with one fixed scale, and so is the output of a
 convolution, so that an engine may go from convolution to convolution without ever leaving integers. Everything else
 stays in float: scans, norms, gates, softmax, biases. Biases carry no pair on purpose: TensorRT refuses one that holds
-32-bit integers, and ONNX Runtime makes it by itself.
+32-bit integers, and ONNX Runtime makes it by itself for a convolution; that of a linear layer is added behind it.
 
 Ranges are kept by layer, not by the names that an exporter gives to values: `in` and `out` of a weight's name survive
 another version of the exporter.
@@ -147,34 +147,42 @@ def quantize_graph(
     scales = _activation_scales(graph, chosen, ranges, symmetric)
 
     constants = {i.name: i for i in graph.initializer}
+    readers = Counter(name for node in graph.node for name in node.input)
     nodes: list[NodeProto] = []
     for value, (scale, zero) in scales.items():
         graph.initializer.append(numpy_helper.from_array(np.array(scale, np.float32), f"{value}.scale"))
         graph.initializer.append(numpy_helper.from_array(zero, f"{value}.zero"))
     for weight in dict.fromkeys(layer.weight for layer in chosen):
-        axis = next(layer.axis for layer in chosen if layer.weight == weight)
+        its_layers = [layer for layer in chosen if layer.weight == weight]
+        axis = its_layers[0].axis
         codes, steps = quantize_weight(numpy_helper.to_array(constants[weight]).astype(np.float32), axis, weight_bits)
-        graph.initializer.remove(constants[weight])
-        graph.initializer.append(numpy_helper.from_array(codes, weight))
+        if readers[weight] == len(its_layers):
+            graph.initializer.remove(constants[weight])
+        graph.initializer.append(numpy_helper.from_array(codes, f"{weight}.codes"))
         graph.initializer.append(numpy_helper.from_array(steps, f"{weight}.scale"))
         graph.initializer.append(numpy_helper.from_array(np.zeros(len(steps), np.int8), f"{weight}.zero"))
         nodes.append(
             helper.make_node(
                 "DequantizeLinear",
-                [weight, f"{weight}.scale", f"{weight}.zero"],
+                [f"{weight}.codes", f"{weight}.scale", f"{weight}.zero"],
                 [f"{weight}.float"],
                 name=f"{weight}.dequantize",
                 axis=axis,
             )
         )
-        for layer in chosen:
-            if layer.weight == weight:
-                graph.node[layer.node].input[1] = f"{weight}.float"
+        for layer in its_layers:
+            graph.node[layer.node].input[1] = f"{weight}.float"
 
-    for node in graph.node:
+    # What a linear layer reads is rounded for it alone: the scan may read it, too. What convolutions read and give is
+    # rounded for all, so that an engine stays in integers across a sum.
+    linear = {layer.node for layer in chosen if layer.kind == "linear"}
+    everywhere = set(scales) - {layer.takes for layer in chosen if layer.kind == "linear"}
+    everywhere |= {value for layer in chosen if layer.kind == "conv" for value in observed(layer).values()}
+    for number, node in enumerate(graph.node):
         for place, name in enumerate(node.input):
-            if name in scales:
+            if name in everywhere or (name in scales and number in linear and place == 0):
                 node.input[place] = f"{name}.float"
+    _split_biases(graph, linear)
     stored = {i.name for i in graph.input if i.name in scales}
     nodes += [n for value in sorted(stored) for n in _pair(value)]
     for node in graph.node:
@@ -184,6 +192,24 @@ def quantize_graph(
     del graph.node[:]
     graph.node.extend(copies)
     return made
+
+
+def _split_biases(graph: onnx.GraphProto, places: Collection[int]) -> None:
+    """Gemm with a bias becomes Gemm and Add: ONNX Runtime has no integer kernel for the former with a float bias."""
+    nodes: list[NodeProto] = []
+    for number, node in enumerate(graph.node):
+        scaled = any(a.name == "beta" and a.f != 1.0 for a in node.attribute)
+        if number not in places or node.op_type != "Gemm" or len(node.input) < 3 or scaled:
+            nodes.append(node)
+            continue
+        product = NodeProto()
+        product.CopyFrom(node)
+        bias = product.input.pop(2)
+        product.output[0] = f"{node.output[0]}.product"
+        nodes += [product, helper.make_node("Add", [product.output[0], bias], [node.output[0]])]
+    copies = [NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
 
 
 def _pair(value: str) -> list[NodeProto]:

@@ -56,7 +56,7 @@ def relative_error(reference: Array, other: Array) -> float:
 
 def give_back(
     attempt: Callable[[frozenset[tuple[str, str]]], GateReport], costs: Callable[[], Sequence[LayerCost]]
-) -> tuple[frozenset[tuple[str, str]], GateReport]:
+) -> tuple[frozenset[tuple[str, str]], GateReport, GateReport]:
     """The most layers in INT8 with which a gate is kept, when the costliest go back to float first.
 
     How many must go back is found by halving, as if giving back one more never broke a gate that was kept; what is
@@ -67,17 +67,18 @@ def give_back(
         costs: of every layer; asked only if the gate is not kept with all in INT8.
 
     Returns:
-        What stays in float, and the report on it: one that passed, or, with every layer in float, one that did not.
+        What stays in float; the report on it: one that passed, or, with every layer in float, one that did not; and
+        the report on all layers in INT8.
     """
     nothing: frozenset[tuple[str, str]] = frozenset()
-    report = attempt(nothing)
-    if report.passed:
-        return nothing, report
+    first = attempt(nothing)
+    if first.passed:
+        return nothing, first, first
     order = [(c.role, c.layer.name) for c in sorted(costs(), key=lambda c: c.worst, reverse=True)]
     too_few, enough, tried = 0, len(order), 0
     report = attempt(frozenset(order))
     if not report.passed:
-        return frozenset(order), report
+        return frozenset(order), report, first
     passed = report
     # Steps double first: mostly a few layers are to blame, and every attempt takes seconds.
     guess = 1
@@ -91,4 +92,4 @@ def give_back(
     if enough != tried:
         # The graphs that lie there now are of another attempt.
         passed = attempt(frozenset(order[:enough]))
-    return frozenset(order[:enough]), passed
+    return frozenset(order[:enough]), passed, first

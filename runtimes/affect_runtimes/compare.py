@@ -55,7 +55,7 @@ def mean_abs(reference: ArrayLike, other: ArrayLike) -> float:
 
 
 def least_ccc(reference: ArrayLike, other: ArrayLike) -> float:
-    """The worst `ccc` of a single value, the values being the last axis: one of them alone can be lost in all."""
+    """The worst `ccc` of a single column, the last axis: one of them alone can be lost in all."""
     a, b = np.asarray(reference), np.asarray(other)
     return min(ccc(a[..., i], b[..., i]) for i in range(a.shape[-1]))
 
@@ -133,7 +133,8 @@ def compare_outputs(
         bounds: what must hold; "*" applies to every output that has the metric.
 
     Returns:
-        Figures in the order of `kinds`.
+        Figures in the order of `kinds`; of an artefact that gives a number that is not finite also "finite", the share
+        of those that are, which never passes.
 
     Raises:
         ValueError: shapes or names differ.
@@ -144,6 +145,9 @@ def compare_outputs(
         a, b = np.asarray(reference[name]), np.asarray(other[name])
         if a.shape != b.shape:
             raise ValueError(f"output {name!r}: the reference has shape {a.shape}, the artefact {b.shape}")
+        if not np.isfinite(b).all():
+            # No bound is needed to refuse that, and some metrics would not see it: NaN has a largest entry, too.
+            figures.append(Figure(name, "finite", float(np.isfinite(b).mean()), 1.0, False))
         metrics = ["max_abs", "mean_abs", "agreement" if kind == "distribution" else "ccc"]
         # (steps, streams) is one value at each moment.
         if kind not in ("distribution", STATE) and a.ndim > 2:

@@ -156,7 +156,11 @@ def test_tighten_only_tightens() -> None:
         (["--target", "cpu", "--random-weights", "--config", "{file}"], 2, "not JSON"),
         (["--target", "cpu", "--random-weights", "--preset", "tiny", "--parity-steps", "1"], 2, "2 to 120 steps"),
         (["--target", "onnx", "--precision", "int8"], 2, "target onnx has no int8; it has fp32"),
-        (["--target", "cpu", "--precision", "fp32", "--calibration", "faces"], 2, "of no use to cpu in fp32"),
+        (
+            ["--target", "cpu", "--precision", "fp32", "--calibration", "faces"],
+            2,
+            "needs a calibrated INT8; cpu in fp32",
+        ),
         (["--target", "cpu", "--calibration", "nowhere"], 2, "there is no such folder"),
         (["--target", "cpu", "--calibration", "{file}"], 2, "no calibration that affect-export wrote"),
         (["--target", "cpu", "--save-calibration", "x.json"], 2, "needs --calibration FOLDER"),
@@ -288,12 +292,13 @@ def test_what_a_killed_export_left_goes_with_the_next_one(checkpoint: Checkpoint
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     left, running = (tmp_path / f".out.{pid}.x.unfinished" for pid in (ended.pid, os.getpid()))
+    longer = tmp_path / f".out.{ended.pid}.{os.getpid()}.x.unfinished"  # of an export to out.NUMBER
     other = tmp_path / f".elsewhere.{ended.pid}.x.unfinished"
-    for folder in (left, running, other):
+    for folder in (left, running, longer, other):
         (folder / "bundle").mkdir(parents=True)
     export.export_model(checkpoint, ONNX, tmp_path / "out", parity_steps=2)
     # Another export may be at work, and somebody else's folder is nobody's business.
-    assert {p.name for p in tmp_path.iterdir()} == {"out", running.name, other.name}
+    assert {p.name for p in tmp_path.iterdir()} == {"out", running.name, longer.name, other.name}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
@@ -324,3 +329,19 @@ def test_a_full_disk_is_said_so(
     assert cli.main(["--target", "onnx", "--checkpoint", str(weights), "--output", str(output)]) == 1
     assert "No space left" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_what_came_meanwhile_is_not_replaced(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+
+    def while_it_works(model: BundleModel) -> None:
+        output.mkdir()
+        (output / "thesis.tex").write_text("years of work")
+
+    monkeypatch.setattr(export, "replay", while_it_works)
+    with pytest.raises(InputError, match="not a bundle"):
+        export.export_model(checkpoint, ONNX, output, parity_steps=2)
+    assert (output / "thesis.tex").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

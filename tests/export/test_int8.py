@@ -26,6 +26,8 @@ from affect_runtimes.onnxruntime import INT8, INT8_SEVEN_BIT_WEIGHTS
 from affect_runtimes.verify import replay
 
 CPU = TARGETS["cpu"]
+# Of random weights, whose outputs hardly move: tight bounds would put most layers back into float.
+LOOSE = (Bound("*", "ccc", 0.8), Bound("*", "agreement", 0.8))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,9 @@ def calibration(checkpoint: Checkpoint) -> Calibration:
 @pytest.fixture(scope="module")
 def int8(checkpoint: Checkpoint, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8") / "bundle"
-    result = export.export_model(checkpoint, CPU, folder, calibration=calibration, parity_steps=24)
+    result = export.export_model(
+        checkpoint, CPU, folder, calibration=calibration, parity_steps=24, measure_layers=True, bounds=LOOSE
+    )
     assert result.precision == "int8" and result.quantized is not None
     return folder
 
@@ -59,11 +63,15 @@ def test_layers_are_int8_and_the_scan_is_not(int8: Path) -> None:
         for layer in quantization["layers"]:
             if layer["graph"] == graph.role:
                 whole = (graph.role, layer["layer"]) in kept
-                assert kinds[layer["layer"]] == (TensorProto.FLOAT if whole else TensorProto.INT8), layer
+                name, kind = (
+                    (layer["layer"], TensorProto.FLOAT) if whole else (f"{layer['layer']}.codes", TensorProto.INT8)
+                )
+                assert kinds[name] == kind, layer
         rounded = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
-        for node in model.graph.node:
-            if node.op_type in ("Exp", "Softplus", "LayerNormalization"):
-                assert not rounded & set(node.input), node.op_type
+        readers = {n.op_type for n in model.graph.node if rounded & set(n.input)}
+        if graph.role == "step":
+            # The scan reads what x_proj reads, and is not to get it rounded.
+            assert readers <= {"Gemm", "MatMul"}, readers
 
 
 def test_the_bundle_replays_and_is_smaller(int8: Path, exported: Path) -> None:
@@ -188,7 +196,7 @@ def test_a_folder_of_faces_is_read_as_trajectories(checkpoint: Checkpoint, tmp_p
     for name in ("a.png", "b.png", "anna/1.png", "anna/2.png", "anna/3.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         cv2.imwrite(str(tmp_path / name), rng.integers(0, 255, (size, size, 3), np.uint8))
-    sequences = read_folder(checkpoint.model, tmp_path, "--calibration", held=HELD)
+    sequences = read_folder(checkpoint.model, tmp_path, "--calibration", held=HELD, together=16)
     assert [s.dt.shape for s in sequences] == [(4, 2), (3, 1)]
     moments = list(trajectory(checkpoint.model, sequences[1]))
     assert [role for role, _ in moments] == ["encoder", "step"] * 3
@@ -211,7 +219,7 @@ def test_arm_has_eight_bits_and_x86_seven(
     int8: Path, checkpoint: Checkpoint, calibration: Calibration, tmp_path: Path
 ) -> None:
     result = export.export_model(
-        checkpoint, TARGETS["cpu-arm64"], tmp_path / "arm", calibration=calibration, parity_steps=24
+        checkpoint, TARGETS["cpu-arm64"], tmp_path / "arm", calibration=calibration, parity_steps=24, bounds=LOOSE
     )
     assert result.formats["encoder"]["conv"] == INT8
     manifest = Bundle.open(tmp_path / "arm").manifest
@@ -229,14 +237,20 @@ def test_with_every_layer_in_float_nothing_is_written(
 ) -> None:
     """A bundle that calls itself INT8 has something in INT8."""
     bounds = [Bound("*", "max_abs", 1e-4)]
-    with pytest.raises(ParityError, match="only with every layer in float, nothing was written"):
+    with pytest.raises(ParityError, match=r"is not the float model any more.*max_abs.*only with every layer in float"):
         export.export_model(checkpoint, CPU, tmp_path / "out", calibration=calibration, parity_steps=2, bounds=bounds)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_report_names_every_layer(checkpoint: Checkpoint, calibration: Calibration, tmp_path: Path) -> None:
     result = export.export_model(
-        checkpoint, CPU, tmp_path / "out", calibration=calibration, parity_steps=24, dry_run=True
+        checkpoint,
+        CPU,
+        tmp_path / "out",
+        calibration=calibration,
+        parity_steps=24,
+        dry_run=True,
+        measure_layers=True,
     )
     assert result.path is None and not (tmp_path / "out").exists()
     layer_report.write_report(result, tmp_path / "report")

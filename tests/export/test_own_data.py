@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from affect_export import cli, export
-from affect_export.models.checkpoint import Checkpoint
-from affect_export.own_data import LABELS_FILE, check_apart, read_folder
+from affect_export.models.checkpoint import Checkpoint, load_model
+from affect_export.own_data import GROUP, LABELS_FILE, check_apart, read_folder
 from affect_export.targets import TARGETS
 from affect_quantize.gate import LABELS
 from affect_runtimes.compare import Bound
@@ -50,7 +50,9 @@ def test_labels_find_their_frames(checkpoint: Checkpoint, folder: Path) -> None:
         ("drive.avi", "", "happiness", "", ""),
         ("drive.avi", "3", "", "1", ""),
     )
-    found = {s.name: s for s in read_folder(checkpoint.model, folder, OPTION)}
+    sequences = read_folder(checkpoint.model, folder, OPTION)
+    assert {s.group for s in sequences} == {GROUP}
+    found = {s.name: s for s in sequences}
     stills, anna, drive = found["pictures 1 on"], found["anna"], found["drive.avi"]
     assert stills.labels["expression"].tolist() == [[-1, happy]]
     np.testing.assert_array_equal(stills.labels["valence"], [[np.nan, 0.5]])
@@ -90,7 +92,9 @@ def test_the_export_scores_by_labels_and_refuses_a_drop(checkpoint: Checkpoint, 
     result = export.export_model(checkpoint, TARGETS["onnx"], tmp_path / "out", own=own, parity_steps=2)
     figures = {f.metric: f.value for f in result.report.comparisons[LABELS]}
     assert figures["drop"] == 0 and figures["accuracy of the artefact"] == figures["accuracy of the float model"]
-    assert "anna" in result.report.comparisons
+    # All of it together, and none of its names: they would go to every device.
+    assert f"{GROUP}, 9 frames" in result.report.comparisons
+    assert b"anna" not in (tmp_path / "out" / "parity.json").read_bytes()
     with pytest.raises(ParityError, match=r"against labels: expression drop 0 \(bound <= -1\)"):
         export.export_model(
             checkpoint,
@@ -107,6 +111,8 @@ def test_calibration_and_parity_data_must_be_apart(folder: Path, tmp_path: Path)
     other = tmp_path / "other"
     other.mkdir()
     (other / "c.png").write_bytes(b"another")
+    for place in (folder, other):
+        (place / ".DS_Store").write_bytes(b"")
     check_apart(folder, other, ("--calibration", OPTION))
     (other / "renamed.png").write_bytes((folder / "anna" / "1.png").read_bytes())
     with pytest.raises(InputError, match=r"--calibration and --parity-data share a file .*1\.png is .*renamed\.png"):
@@ -120,5 +126,24 @@ def test_the_command_refuses_before_it_builds(folder: Path, capsys: pytest.Captu
     assert cli.main([*base, "--calibration", str(folder), "--parity-data", str(folder)]) == 2
     assert "share a file" in capsys.readouterr().err
     assert cli.main([*base, "--precision", "fp32", "--report", str(tmp_path / "report")]) == 2
-    assert "no layers that could stay in float" in capsys.readouterr().err
+    assert "--report needs an INT8 whose layers can stay in float" in capsys.readouterr().err
+    assert cli.main([*base, "--detector", str(folder / "a.png")]) == 2
+    assert "--detector needs --calibration or --parity-data" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not (tmp_path / "report").exists()
+
+
+def test_time_passes_where_frames_are_missing_and_no_file_takes_all(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    size = checkpoint.model.inputs()[0].size  # type: ignore[union-attr]
+    frames, valid = np.zeros((20, size, size, 3), np.uint8), np.ones(20, bool)
+    valid[5:9] = False
+    for name in ("a.npz", "b.npz"):
+        np.savez(tmp_path / name, frame=frames, valid=valid, fps=np.float64(30))
+    a, b = read_folder(checkpoint.model, tmp_path, OPTION)
+    assert a.dt[:, 0].tolist() == [1.0] * 5 + [5.0] + [1.0] * 10 and len(b.dt) == 16
+    # Half of what may be read each, spread over the clip.
+    short = read_folder(checkpoint.model, tmp_path, OPTION, most=8)
+    assert [len(s.dt) for s in short] == [4, 4] and short[0].dt[1:, 0].tolist() == [4.0, 8.0, 4.0]
+    # A model of one rate is never told of a gap: it gets two clips.
+    fixed = load_model("mamba-va", preset="tiny", random_weights=True).model
+    parts = read_folder(fixed, tmp_path, OPTION)
+    assert [len(s.dt) for s in parts] == [5, 11, 5, 11] and all((s.dt == 1).all() for s in parts)

@@ -18,7 +18,7 @@ from affect_export.models.checkpoint import SHIPPED, Checkpoint, load_model
 from affect_export.targets import GraphSource
 from affect_export.targets.tflite import TFLITE, convert_tflite, quantize_tflite
 from affect_runtimes.bundle import Bundle
-from affect_runtimes.errors import MissingDependencyError, ParityError
+from affect_runtimes.errors import AffectError, MissingDependencyError, ParityError
 from affect_runtimes.interface import Tensor
 from affect_runtimes.litert import LiteRTEngine, create
 from affect_runtimes.manifest import Graph
@@ -156,7 +156,7 @@ def test_the_same_module_gives_the_same_bytes_and_nothing_is_printed(
 
 @pytest.mark.litert
 def test_what_cannot_be_converted_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"encoder: litert-torch cannot convert it: .*bessel_j0"):
+    with pytest.raises(AffectError, match=r"encoder: litert-torch cannot convert it: .*bessel_j0"):
         convert_tflite(source_of(NoSuchOperator(), (4,), (4,)))
 
 

@@ -133,3 +133,40 @@ def test_scores_of_values_leave_out_what_nobody_knows() -> None:
 
     figures = Gate(says, [sequence], {"units": "regression"}, says).check(halves, []).comparisons[LABELS]
     assert [f.value for f in figures] == pytest.approx([1, 1, 0])
+
+
+def test_what_is_not_finite_is_refused_whatever_is_bound() -> None:
+    """NaN has a largest entry, too: agreement alone would not see it."""
+    rng = np.random.default_rng(0)
+    said = rng.random((10, 1, 3)).astype(np.float32)
+    sequence = ParitySequence("mine", {"frame": said}, np.ones((10, 1), np.float32), natural=False)
+
+    def says(given: ParitySequence) -> Trajectory:
+        return {"expression": given.inputs["frame"]}, {}
+
+    def silent(given: ParitySequence) -> Trajectory:
+        return {"expression": np.full_like(said, np.nan)}, {}
+
+    gate = Gate(says, [sequence], {"expression": "distribution"}, says)
+    assert gate.check(says, []).passed
+    ((_, figure),) = gate.check(silent, []).failures
+    assert figure.metric == "finite" and figure.value == 0
+
+
+def test_a_group_is_compared_together() -> None:
+    rng = np.random.default_rng(0)
+    parts = [
+        ParitySequence(str(i), {"frame": rng.random((3, 2), np.float32)}, np.ones((3, 2), np.float32), group="own")
+        for i in range(5)
+    ]
+
+    def says(given: ParitySequence) -> Trajectory:
+        return {"valence": given.inputs["frame"]}, {}
+
+    def errs(given: ParitySequence) -> Trajectory:
+        return {"valence": given.inputs["frame"] * (0 if given.name == "3" else 1)}, {}
+
+    gate = Gate(says, parts, KINDS, says)
+    bounds = [Bound("*", "ccc", 0.99)]
+    assert gate.check(says, bounds).passed and set(gate.check(says, bounds).comparisons) == {"own, 30 frames"}
+    assert [where for where, _ in gate.check(errs, bounds).failures] == ["own, 30 frames"]

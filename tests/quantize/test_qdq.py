@@ -1,7 +1,10 @@
 """INT8 on a small graph made here: what is rounded, what is not, and how far the result is from the float one."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -104,9 +107,11 @@ def test_what_is_written_is_int8_and_the_rest_is_not(observer: Observer) -> None
     model = quantize_graph(graph(), observer.ranges("minmax"), weight_bits=7)
     kinds = {i.name: i.data_type for i in model.graph.initializer}
     for layer in find_layers(graph()):
-        assert kinds[layer.weight] == TensorProto.INT8
+        assert kinds[f"{layer.weight}.codes"] == TensorProto.INT8 and layer.weight not in kinds
         assert (
-            np.abs(numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == layer.weight))).max()
+            np.abs(
+                numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == f"{layer.weight}.codes"))
+            ).max()
             <= 63
         )
     assert kinds["a.bias"] == kinds["d.bias"] == TensorProto.FLOAT
@@ -132,7 +137,7 @@ def test_layers_that_are_kept_stay_as_they_are(observer: Observer) -> None:
     assert quantize_graph(graph(), {}, everything).SerializeToString() == graph().SerializeToString()
     one = quantize_graph(graph(), observer.ranges("mse"), everything[:-1])
     weights = {i.name: i.data_type for i in one.graph.initializer}
-    assert weights["e.weight"] == TensorProto.INT8 and weights["d.weight"] == TensorProto.FLOAT
+    assert weights["e.weight.codes"] == TensorProto.INT8 and weights["d.weight"] == TensorProto.FLOAT
     with pytest.raises(InputError, match="no layer nowhere"):
         quantize_graph(graph(), {}, ["nowhere"])
 
@@ -145,7 +150,7 @@ def test_weights_that_two_layers_share_are_kept_for_both() -> None:
     assert [layer.name for layer in find_layers(model)][1:] == ["shared", "shared:2"]
     ranges = {name: {"in": (0.0, 1.0), "out": (0.0, 1.0)} for name in ("a.weight", "shared", "shared:2")}
     both = quantize_graph(model, ranges)
-    assert sum(n.input[0] == "shared" for n in both.graph.node if n.op_type == "DequantizeLinear") == 1
+    assert sum(n.input[0] == "shared.codes" for n in both.graph.node if n.op_type == "DequantizeLinear") == 1
     kept = quantize_graph(model, ranges, ["shared:2"])
     assert {i.name: i.data_type for i in kept.graph.initializer}["shared"] == TensorProto.FLOAT
 
@@ -154,3 +159,36 @@ def test_weights_that_two_layers_share_are_kept_for_both() -> None:
 def test_missing_ranges_are_named(ranges: dict[str, dict[str, tuple[float, float]]]) -> None:
     with pytest.raises(InputError, match=r"a\.weight \((in|out)\)"):
         quantize_graph(graph(), ranges)
+
+
+def test_what_else_reads_a_linear_layers_input_gets_it_whole_and_biased_layers_are_integer(tmp_path: Path) -> None:
+    """As in a Mamba block, where x_proj and the scan read the same."""
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(32, 16)).astype(np.float32), rng.normal(size=32).astype(np.float32)
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1),
+        helper.make_node("Mul", ["x", "x"], ["z"]),
+    ]
+    made = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "two readers",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 16])],
+            [
+                helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 32]),
+                helper.make_tensor_value_info("z", TensorProto.FLOAT, [4, 16]),
+            ],
+            [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    quantized = quantize_graph(made, {"w": {"in": (-3.0, 3.0)}}, weight_bits=7)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    session = onnxruntime.InferenceSession(quantized.SerializeToString(), options)
+    x = rng.normal(size=(4, 16)).astype(np.float32).clip(-3, 3)
+    y, z = session.run(None, {"x": x})
+    np.testing.assert_array_equal(z, x * x)
+    np.testing.assert_allclose(y, x @ weight.T + bias, atol=0.25)
+    assert "QGemm" in {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}

@@ -33,8 +33,8 @@ def test_no_more_than_needed_goes_back(needed: set[str], kept: set[str]) -> None
         tried.append(keep)
         return report(needed <= {layer for _, layer in keep})
 
-    keep, last = give_back(attempt, lambda: COSTS)
-    assert {layer for _, layer in keep} == kept and last.passed
+    keep, last, first = give_back(attempt, lambda: COSTS)
+    assert {layer for _, layer in keep} == kept and last.passed and first.passed == (not needed)
     assert tried[-1] == keep  # what lies there now is what is returned
 
 
@@ -47,13 +47,13 @@ def test_few_attempts_are_made(needed: int) -> None:
         tried.append(len(keep))
         return report(len(keep) >= needed)
 
-    keep, last = give_back(attempt, lambda: many)
+    keep, last, _ = give_back(attempt, lambda: many)
     assert len(keep) == needed == tried[-1] and last.passed and len(tried) <= 16
 
 
 def test_a_gate_that_nothing_keeps_is_told() -> None:
-    keep, last = give_back(lambda keep: report(False), lambda: COSTS)
-    assert len(keep) == 3 and not last.passed
+    keep, last, first = give_back(lambda keep: report(False), lambda: COSTS)
+    assert len(keep) == 3 and not last.passed and not first.passed
 
 
 def test_costs_are_asked_for_only_when_they_are_needed() -> None:

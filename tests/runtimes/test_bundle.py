@@ -389,4 +389,4 @@ def test_a_bundle_for_another_machine_is_refused_before_its_engine_sees_it(
     assert verify_main([str(bundle_folder)]) == 1
     assert other in capsys.readouterr().err
     # Whoever exports for that machine compares it here.
-    assert BundleModel(bundle_folder, any_machine=True)
+    BundleModel(bundle_folder, any_machine=True)

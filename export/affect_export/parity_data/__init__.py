@@ -179,7 +179,7 @@ def parity_sequences(inputs: Sequence[Input], steps: int = CLIP_STEPS) -> list[P
     }
     dt = np.tile(np.array([1.0, 0.5, 2.0, 1.5], np.float32), (quarter, 1))
     sequences = [first, ParitySequence(f"carphone-{quarter}x4", side_by_side, dt)]
-    altered = altered_sequence(inputs, min(steps, 30), 3)
+    altered = altered_sequence(inputs, min(steps, 60), 4)
     return [*sequences, *([altered] if altered else []), random_sequence(inputs, 24, 3)]
 
 

@@ -1,6 +1,7 @@
 """Target `onnx`: plain fp32 ONNX, for ONNX Runtime and any other engine that reads it."""
 
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
@@ -52,6 +53,7 @@ def write_onnx(source: GraphSource, path: Path) -> str | None:
     size = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
     if size <= EXTERNAL_ABOVE:
         model = program.model_proto
+        _name_weights(model, source)
         _strip(model, source)
         path.write_bytes(model.SerializeToString(deterministic=True))
         return None
@@ -61,6 +63,33 @@ def write_onnx(source: GraphSource, path: Path) -> str | None:
     _strip(model, source)
     path.write_bytes(model.SerializeToString(deterministic=True))
     return written.name
+
+
+def _name_weights(model, source: GraphSource) -> None:  # type: ignore[no-untyped-def]
+    """Gives weights that the exporter transposed, and then numbered, the names of the parameters that they are.
+
+    Calibrations are kept by these names, and a number means another weight in the exporter's next release.
+    """
+    from onnx import numpy_helper
+
+    taken = {initializer.name for initializer in model.graph.initializer}
+    known = {}
+    for name, parameter in source.module.named_parameters():
+        if parameter.ndim == 2:
+            turned = parameter.detach().t().contiguous().numpy()
+            known[turned.shape, hashlib.sha256(turned.tobytes()).digest()] = f"{name}.T"
+    renamed = {}
+    for initializer in model.graph.initializer:
+        if len(initializer.dims) == 2 and initializer.name not in source.module.state_dict():
+            values = numpy_helper.to_array(initializer)
+            found = known.get((values.shape, hashlib.sha256(values.tobytes()).digest()))
+            if found is not None and found not in taken:
+                taken.add(found)
+                renamed[initializer.name] = found
+                initializer.name = found
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = renamed.get(name, name)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def convert_tflite(source: GraphSource) -> bytes:
 
     Raises:
         MissingDependencyError: litert-torch is not installed.
-        RuntimeError: the converter cannot do it; the message has what it said.
+        AffectError: the converter cannot do it; the message has what it said.
     """
     import torch
 
@@ -104,18 +104,18 @@ def _quiet(failure: str) -> Iterator[None]:
     """Keeps what the converter's Python and C++ print; it is told only when something fails.
 
     Raises:
-        RuntimeError: whatever was raised inside, after `failure`, with the last lines that were printed.
+        AffectError: whatever was raised inside, after `failure`, with the last lines that were printed.
     """
     loggers = [logging.getLogger(name) for name in ("torch", "jax", "torchao")]
     levels = [logger.level for logger in loggers]
     sys.stderr.flush()
     kept = os.dup(2)
+    printed = io.StringIO()
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
-            printed = io.StringIO()
             with (
                 warnings.catch_warnings(),
                 contextlib.redirect_stdout(printed),
@@ -127,9 +127,8 @@ def _quiet(failure: str) -> Iterator[None]:
             raise
         except Exception as error:
             said.seek(0)
-            lines = said.read().decode(errors="replace").splitlines()[-8:]
-            words = "\n".join([f"{failure}: {type(error).__name__}: {error}", *lines])
-            raise RuntimeError(words) from error
+            lines = (printed.getvalue() + said.read().decode(errors="replace")).splitlines()[-8:]
+            raise AffectError("\n".join([f"{failure}: {type(error).__name__}: {error}", *lines])) from error
         finally:
             os.dup2(kept, 2)
             os.close(kept)
