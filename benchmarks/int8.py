@@ -45,8 +45,12 @@ def made(checkpoint: Checkpoint, target: Target, folder: Path, method: str | Non
     if method is not None:
         assert checkpoint.calibration is not None and target.quantizer is not None
         int8.mkdir()
-        ranges = load_calibration(checkpoint.calibration, checkpoint.sha256).ranges[method]
-        written, kept, precision = target.quantizer(written, floats, int8, Plan(ranges)), int8, "int8"
+        seen = load_calibration(checkpoint.calibration, checkpoint.sha256)
+        written, kept, precision = (
+            target.quantizer(written, floats, int8, Plan(seen.ranges[method], seen.means)),
+            int8,
+            "int8",
+        )
     bounds = target.bounds[precision]
     return assemble(checkpoint, target, precision, bounds, written, Verification(model, 8), kept)
 

@@ -71,7 +71,7 @@ def cell(row: Row, target: str, precision: str) -> dict[str, Any]:
             if values := [f.value for f in figures if f.metric == metric]:
                 told[metric] = min(values)
     if result.quantized is not None:
-        told |= {"layers": len(result.quantized.costs), "kept": len(result.quantized.keep)}
+        told |= {"layers": result.quantized.layers, "kept": len(result.quantized.keep)}
     return told
 
 

@@ -84,9 +84,9 @@ def bundle(checkpoint: Checkpoint, folder: Path, rotated: bool) -> tuple[BundleM
         keep |= {(graph.source.role, layer.name) for layer in find_layers(changed) if layer.name.endswith(_MARK)}
     made = [altered_sequence(model.inputs(), 24, 4, seed=seed) for seed in range(200, 208)]
     shown = [s if model.clock().variable_dt else replace(s, dt=np.ones_like(s.dt)) for s in made if s is not None]
-    ranges = measure(model, checkpoint.sha256, observe(written, floats), shown, "made").ranges[METHOD]
+    seen = measure(model, checkpoint.sha256, observe(written, floats), shown, "made")
     assert cpu.quantizer is not None
-    quantized = cpu.quantizer(written, floats, int8, Plan(ranges, frozenset(keep)))
+    quantized = cpu.quantizer(written, floats, int8, Plan(seen.ranges[METHOD], seen.means, frozenset(keep)))
     verification = Verification(model, 8)
     return assemble(checkpoint, cpu, "int8", cpu.bounds["int8"], quantized, verification, int8), count
 

@@ -18,23 +18,23 @@ def exit_code(command: str, run: Callable[[], object]) -> int:
     A command that is told to stop tidies up first, as one that fails does.
     """
     # Only the main thread may; a command that runs in another one is stopped by whoever started it.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _stop) if main else None
     try:
         run()
     except InputError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
-    except AffectError as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        # A full disk, a folder without permission: nothing a traceback would explain better.
+    except (AffectError, OSError) as error:
+        # OSError: a full disk, a folder without permission: nothing a traceback would explain better.
         print(f"{command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{command}: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
     return 0
 
 

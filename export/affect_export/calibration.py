@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -59,12 +60,14 @@ class Calibration:
         data: what was shown, in words.
         frames: how many.
         ranges: method -> role of the graph -> layer -> end -> range.
+        means: role of the graph -> layer -> mean of its input by channel.
     """
 
     weights_sha256: str
     data: str
     frames: int
     ranges: Mapping[str, Mapping[str, Ranges]]
+    means: Mapping[str, Mapping[str, NDArray[np.float32]]]
 
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
@@ -74,9 +77,13 @@ class Calibration:
             "data": self.data,
             "frames": self.frames,
             "ranges": self.ranges,
+            "means": {
+                role: {layer: [float(f"{m:.6g}") for m in mean] for layer, mean in layers.items()}
+                for role, layers in self.means.items()
+            },
         }
         with replacing(path) as part:
-            part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            part.write_text(json.dumps(content, allow_nan=False) + "\n")
 
 
 def load_calibration(path: Path, weights_sha256: str) -> Calibration:
@@ -98,7 +105,11 @@ def load_calibration(path: Path, weights_sha256: str) -> Calibration:
             }
             for method, roles in content["ranges"].items()
         }
-        found = Calibration(str(digest), str(content["data"]), int(content["frames"]), ranges)
+        means = {
+            role: {layer: np.array(mean, np.float32) for layer, mean in layers.items()}
+            for role, layers in content["means"].items()
+        }
+        found = Calibration(str(digest), str(content["data"]), int(content["frames"]), ranges, means)
     except OSError as error:
         raise InputError(f"--calibration {path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,7 +172,8 @@ def measure(
         for role, inputs in trajectory(model, sequence):
             observers[role].watch(inputs)
     ranges = {method: {role: o.ranges(method) for role, o in observers.items()} for method in METHODS}
-    return Calibration(weights_sha256, data, frames, ranges)
+    means = {role: observer.means() for role, observer in observers.items()}
+    return Calibration(weights_sha256, data, frames, ranges, means)
 
 
 def observe(written: Iterable[WrittenGraph], folder: Path) -> dict[str, Observer]:

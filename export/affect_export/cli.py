@@ -125,9 +125,10 @@ def _run(arguments: argparse.Namespace) -> None:
         raise InputError("name a --target; --list-targets shows them")
     target = find_target(arguments.target)
     require("torch", "onnx", "onnxscript", "safetensors")
-    from affect_export.export import check_output_folder, export_model, tighten
+    from affect_export.export import export_model, tighten
     from affect_export.layer_report import write_report
     from affect_export.models import find_model
+    from affect_export.output_folder import check_output_folder
 
     find_model(arguments.model)
     precision = target.precision(arguments.precision)
@@ -368,6 +369,9 @@ def _print_result(result: "ExportResult") -> None:
     console.print(table)
     if result.quantized is not None:
         _print_layers(console, result.quantized)
+    if (q := result.quantized) is not None:
+        shown = f"{q.calibration.frames} frames of {q.calibration.data}"
+        console.print(f"{q.layers - len(q.keep)} of {q.layers} layers in INT8, ranges by {q.method} over {shown}")
     place = "dry run: nothing written" if result.path is None else f"written to {result.path}"
     console.print(f"every bound held; {result.precision}; {result.size_bytes / 1e6:.2f} MB; {place}", soft_wrap=True)
     if result.path is not None:

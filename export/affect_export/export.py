@@ -1,13 +1,7 @@
 """From a float model to a verified bundle: built in a scratch folder, held to its bounds, then moved into place."""
 
-import contextlib
-import json
-import os
-import re
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +15,7 @@ from affect_export.assembly import VERIFY_STEPS, Verification, assemble, record
 from affect_export.calibration import Calibration, load_calibration, noise_calibration
 from affect_export.models.base import AffectModel
 from affect_export.models.checkpoint import Checkpoint
+from affect_export.output_folder import check_output_folder, publish, scratch_folder
 from affect_export.parity_data import CLIP_STEPS, drift_sequence, parity_sequences
 from affect_export.quantization import Quantized, quantize
 from affect_export.targets import Plan, Target, WrittenGraph
@@ -30,7 +25,7 @@ from affect_runtimes.errors import InputError, ParityError
 from affect_runtimes.model import BundleModel
 from affect_runtimes.verify import recorded_inputs, replay
 
-__all__ = ["DRIFT_STEPS", "FULL_DRIFT_STEPS", "ExportResult", "check_output_folder", "export_model", "tighten"]
+__all__ = ["DRIFT_STEPS", "FULL_DRIFT_STEPS", "ExportResult", "export_model", "tighten"]
 
 DRIFT_STEPS, FULL_DRIFT_STEPS = 2_000, 100_000
 _DRIFT_STEPS_OF_LARGE = 200
@@ -38,8 +33,6 @@ _SMALL = 20_000_000  # parameters
 _STEPS_OF_LARGE = 3
 _TIMED_RUNS = 100
 _LIKENESSES = ("ccc", "least_ccc", "agreement")
-_MARKER = "manifest.json"
-_SCRATCH = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -105,35 +98,6 @@ def tighten(bounds: Sequence[Bound], max_drop: float | None) -> tuple[Bound, ...
     return tuple(result)
 
 
-def check_output_folder(output: Path, force: bool) -> None:
-    """Refuses a place where something of somebody else's would be lost.
-
-    Raises:
-        InputError: a file, a folder that is not a bundle, or a bundle without `force`.
-    """
-    if not output.exists() and not output.is_symlink():
-        return
-    if not output.is_dir():
-        raise InputError(f"{output}: exists and is not a folder; choose another --output")
-    if not any(output.iterdir()):
-        return
-    if not _is_bundle(output):
-        raise InputError(
-            f"{output}: exists, is not empty and is not a bundle of affect-export; choose another --output"
-        )
-    if not force:
-        raise InputError(f"{output}: holds a bundle already; --force replaces it")
-
-
-def _is_bundle(folder: Path) -> bool:
-    try:
-        listing = json.loads((folder / _MARKER).read_text())
-        known = {_MARKER, *listing["files"], *(g["file"] for g in listing["graphs"])}
-        return isinstance(listing["schema"], int) and {p.name for p in folder.iterdir()} <= known
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def export_model(
     checkpoint: Checkpoint,
     target: Target,
@@ -177,6 +141,13 @@ def export_model(
     """
     precision = target.precision(precision)
     bounds = target.bounds[precision] if bounds is None else bounds
+    # A target speaks of outputs that another model has.
+    named = {
+        "*",
+        *(o.name for o in checkpoint.model.outputs()),
+        *(f"state.{s.name}" for s in checkpoint.model.states()),
+    }
+    bounds = [b for b in bounds if b.output in named]
     check_output_folder(output, force)
     # Of a single step no correlation can be told.
     if parity_steps is not None and not 2 <= parity_steps <= CLIP_STEPS:
@@ -191,59 +162,51 @@ def export_model(
             f"INT8 needs to see what {checkpoint.name} sees: give --calibration FOLDER with a few hundred faces, clips "
             "or sequences that parity is not measured on, or ask for --precision fp32"
         )
-    parent = output.absolute().parent
-    with contextlib.nullcontext() if dry_run else _folder_for(parent):
+    with scratch_folder(output, dry_run) as scratch:
+        folder = scratch / "bundle"
+        folder.mkdir()
+        drift = FULL_DRIFT_STEPS if full_parity else DRIFT_STEPS
+        made = _write(
+            checkpoint,
+            target,
+            precision,
+            bounds,
+            calibration,
+            own,
+            folder,
+            parity_steps,
+            drift,
+            measure_layers,
+            progress,
+        )
+        if not made.report.passed:
+            raise ParityError(_refusal(target, precision, made.report, made.quantized))
+        if made.quantized is not None and len(made.quantized.keep) == made.quantized.layers:
+            raise ParityError(
+                _refusal(target, precision, made.quantized.first, made.quantized)
+                + ". It keeps its bounds only with every layer in float; export it with --precision fp32, or "
+                "calibrate on more of what the model will see"
+            )
+        progress("timing")
+        bundle = BundleModel(folder, any_machine=True)
+        result = ExportResult(
+            None if dry_run else output,
+            checkpoint.name,
+            target.name,
+            precision,
+            bundle.bundle.size_bytes,
+            {
+                g.source.role: (_graph_bytes(g, made.source), _graph_bytes(w, folder))
+                for g, w in zip(made.floats, made.written, strict=True)
+            },
+            {g.role: dict(g.precision) for g in bundle.bundle.manifest.graphs},
+            _times_ms(bundle),
+            made.report,
+            made.quantized,
+        )
         if not dry_run:
-            _sweep(parent, output.name)
-        mark = f".{output.name}.{os.getpid()}."
-        scratch = Path(tempfile.mkdtemp(prefix=mark, suffix=_SCRATCH, dir=None if dry_run else parent))
-        try:
-            folder = scratch / "bundle"
-            folder.mkdir()
-            drift = FULL_DRIFT_STEPS if full_parity else DRIFT_STEPS
-            made = _write(
-                checkpoint,
-                target,
-                precision,
-                bounds,
-                calibration,
-                own,
-                folder,
-                parity_steps,
-                drift,
-                measure_layers,
-                progress,
-            )
-            if not made.report.passed:
-                raise ParityError(_refusal(target, precision, made.report, made.quantized))
-            if made.quantized is not None and len(made.quantized.keep) == len(made.quantized.costs) > 0:
-                raise ParityError(
-                    _refusal(target, precision, made.quantized.first, made.quantized)
-                    + ". It keeps its bounds only with every layer in float; export it with --precision fp32, or "
-                    "calibrate on more of what the model will see"
-                )
-            progress("timing")
-            model = BundleModel(folder, any_machine=True)
-            result = ExportResult(
-                None if dry_run else output,
-                checkpoint.name,
-                target.name,
-                precision,
-                model.bundle.size_bytes,
-                {
-                    g.source.role: (_graph_bytes(g, made.source), _graph_bytes(w, folder))
-                    for g, w in zip(made.floats, made.written, strict=True)
-                },
-                {g.role: dict(g.precision) for g in model.bundle.manifest.graphs},
-                _times_ms(model),
-                made.report,
-                made.quantized,
-            )
-            if not dry_run:
-                _publish(folder, output, force)
-            return result
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            publish(folder, output, force)
+        return result
 
 
 def _refusal(target: Target, precision: str, report: GateReport, quantized: Quantized | None) -> str:
@@ -252,74 +215,9 @@ def _refusal(target: Target, precision: str, report: GateReport, quantized: Quan
     if quantized is None:
         return words
     outputs = {figure.output for _, figure in report.failures}
-    costs = [(max(c.errors[o] for o in outputs & set(c.errors) or set(c.errors)), c) for c in quantized.costs]
-    worst = sorted(costs, key=lambda pair: pair[0], reverse=True)[:3]
-    named = ", ".join(f"{c.role} {c.layer.name} ({error:.1%})" for error, c in worst)
+    worst = sorted(quantized.costs, key=lambda c: c.worst_of(outputs), reverse=True)[:3]
+    named = ", ".join(f"{c.role} {c.layer.name} ({c.worst_of(outputs):.1%})" for c in worst)
     return f"{words}. The layers that cost these outputs most in INT8, as share of their spread: {named}"
-
-
-@contextlib.contextmanager
-def _folder_for(parent: Path) -> Iterator[None]:
-    """Makes a folder and those above it; takes away again what it made, if what follows fails."""
-    made: list[Path] = []
-    try:
-        for folder in reversed((parent, *parent.parents)):
-            if folder.is_dir():
-                continue
-            try:
-                folder.mkdir()
-            except OSError as error:
-                if folder.is_dir():  # somebody else was faster
-                    continue
-                raise InputError(
-                    f"--output: the folder {folder} cannot be made ({error.strerror}); choose another place"
-                ) from None
-            made.append(folder)
-        yield
-    except BaseException:
-        # Only while empty: somebody may have put something there meanwhile.
-        with contextlib.suppress(OSError):
-            for folder in reversed(made):
-                folder.rmdir()
-        raise
-
-
-def _sweep(parent: Path, name: str) -> None:
-    """Removes what exports of the same bundle left that were killed outright."""
-    for left in parent.iterdir():
-        found = re.fullmatch(rf"\.{re.escape(name)}\.(\d+)\.[^.]+{re.escape(_SCRATCH)}", left.name)
-        if found and not _runs(int(found[1])):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    if os.name != "posix":
-        return True  # asking would end it there
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # somebody else's
-    return True
-
-
-def _publish(folder: Path, output: Path, force: bool) -> None:
-    # Once more: an export takes minutes, in which somebody may have put something there.
-    check_output_folder(output, force)
-    folder.chmod(0o755)
-    if output.is_dir() and any(output.iterdir()):
-        old = folder.parent / "old"
-        output.rename(old)
-        try:
-            folder.rename(output)
-        except BaseException:
-            old.rename(output)
-            raise
-    else:
-        if output.is_dir():
-            output.rmdir()
-        folder.rename(output)
 
 
 def _write(

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Quantized:
         first: of the gate, with every layer in INT8.
         method: by which the ranges were chosen.
         calibration: the ranges.
+        layers: how many there are that can be INT8.
         keep: (role, layer) of those that stay in float because the gate was not kept otherwise.
         costs: what each layer costs in INT8, in the order of the graphs; nothing where nobody had to know.
     """
@@ -45,6 +46,7 @@ class Quantized:
     first: GateReport
     method: str
     calibration: Calibration
+    layers: int
     keep: frozenset[tuple[str, str]]
     costs: list[LayerCost]
 
@@ -52,8 +54,9 @@ class Quantized:
         """For parity.json."""
         return {
             "calibration": {"data": self.calibration.data, "frames": self.calibration.frames, "method": self.method},
+            "layers_in_int8": self.layers - len(self.keep),
             "kept_in_float": [{"graph": role, "layer": layer} for role, layer in sorted(self.keep)],
-            "layers": [cost.to_json() for cost in self.costs],
+            "costs": [cost.to_json() for cost in self.costs],
         }
 
 
@@ -99,19 +102,20 @@ def quantize(
     written: list[WrittenGraph] = []
 
     def attempt_with(keep: frozenset[tuple[str, str]]) -> GateReport:
-        written[:] = quantizer(floats, source, folder, Plan(ranges, keep))
+        written[:] = quantizer(floats, source, folder, Plan(ranges, calibration.means, keep))
         return attempt(written)
 
     costs: list[LayerCost] = []
 
     def measured() -> list[LayerCost]:
-        costs[:] = layer_costs(model, target, floats, source, Plan(ranges))
+        costs[:] = layer_costs(model, target, floats, source, Plan(ranges, calibration.means))
         return costs
 
     keep, report, first = give_back(attempt_with, measured)
     if measure_layers and not costs:
         measured()
-    return Quantized(written, report, first, method, calibration, keep, costs)
+    layers = sum(len(find_layers(open_float_graph(graph, source))) for graph in floats)
+    return Quantized(written, report, first, method, calibration, layers, keep, costs)
 
 
 def layer_costs(
@@ -134,7 +138,7 @@ def layer_costs(
         for layer in its_layers:
             with tempfile.TemporaryDirectory() as scratch:
                 made = target.quantizer(
-                    [by_role[role]], source, Path(scratch), Plan(plan.ranges, everything - {(role, layer.name)})
+                    [by_role[role]], source, Path(scratch), replace(plan, keep=everything - {(role, layer.name)})
                 )
                 alone = _runner(made[0], Path(scratch))
             if role == "encoder":

@@ -5,6 +5,7 @@ trajectories, with the states that the model itself had at every step, because a
 an initial one. Each value keeps a histogram, from which four rules choose a range.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -132,6 +133,8 @@ class Observer:
         self.samples = 0
         values = dict.fromkeys(value for layer in self.layers for value in observed(layer).values())
         self._histograms = {value: Histogram() for value in values}
+        self._sums: dict[str, NDArray[np.float64]] = {}
+        self._counts: Counter[str] = Counter()
         watched = ModelProto()
         watched.CopyFrom(model)
         given = {value.name for value in (*watched.graph.input, *watched.graph.output)}
@@ -156,6 +159,25 @@ class Observer:
                 histogram.add(np.asarray(found[value] if value in found else sample[value]))
             except InputError as error:
                 raise InputError(f"calibration sample {self.samples}, value {value!r}: {error}") from None
+        for layer in self.layers:
+            taken = np.asarray(found[layer.takes] if layer.takes in found else sample[layer.takes], np.float64)
+            channel = 1 if layer.kind == "conv" else taken.ndim - 1
+            others = tuple(axis for axis in range(taken.ndim) if axis != channel)
+            self._sums[layer.name] = self._sums.get(layer.name, 0.0) + taken.sum(others)
+            self._counts[layer.name] += taken.size // taken.shape[channel]
+
+    def means(self) -> dict[str, NDArray[np.float32]]:
+        """Layer name -> mean of its input by channel, (channels,).
+
+        Raises:
+            InputError: nothing was watched.
+        """
+        self._check_watched()
+        return {name: (total / self._counts[name]).astype(np.float32) for name, total in self._sums.items()}
+
+    def _check_watched(self) -> None:
+        if self.samples == 0:
+            raise InputError("calibration needs at least one sample, found none")
 
     def ranges(self, method: str) -> dict[str, dict[str, Range]]:
         """Layer name -> "in" and, of convolutions, "out" -> range, by one of `METHODS`.
@@ -163,7 +185,6 @@ class Observer:
         Raises:
             InputError: nothing was watched, or an unknown method.
         """
-        if self.samples == 0:
-            raise InputError("calibration needs at least one sample, found none")
+        self._check_watched()
         chosen = {value: choose(histogram, method) for value, histogram in self._histograms.items()}
         return {layer.name: {end: chosen[value] for end, value in observed(layer).items()} for layer in self.layers}

@@ -116,8 +116,8 @@ class Gate:
         side by side, each of them run alone by the artefact against its share of the batch. And the reference against
         itself: the whole sequence at once against step by step.
 
-        Of a sequence that is nothing a model ever sees, only differences are bound: where a model is at a loss its
-        outputs hardly move, and a correlation of what stands still means nothing. A number that is not finite is
+        Of a sequence that is nothing a model ever sees, only the largest difference is bound: where a model is at a loss
+        its outputs hardly move, and a correlation of what stands still means nothing. A number that is not finite is
         refused everywhere.
 
         Where there are labels, both are scored by them, over all sequences together: accuracy of a distribution, CCC of
@@ -130,7 +130,7 @@ class Gate:
         comparisons: dict[str, Sequence[Figure]] = {}
         said = []
         for sequence, expected, whole in zip(self._sequences, self._expected, self._whole, strict=True):
-            held = [b for b in bounds if sequence.natural or b.metric in ("max_abs", "mean_abs")]
+            held = [b for b in bounds if sequence.natural or b.metric == "max_abs"]
             found = _run(artefact, sequence)
             said.append(found)
             if sequence.group:

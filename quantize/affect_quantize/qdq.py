@@ -117,6 +117,7 @@ def quantize_graph(
     model: ModelProto,
     ranges: Ranges,
     keep: Collection[str] = (),
+    means: Mapping[str, NDArray[np.float32]] | None = None,
     *,
     symmetric: bool = False,
     weight_bits: int = 8,
@@ -127,6 +128,9 @@ def quantize_graph(
         model: opset 13 or later, as `find_layers` reads it.
         ranges: of every layer that is not kept.
         keep: names of layers that stay in float.
+        means: layer name -> mean of its input by channel, (channels,). Where it is given and the layer has a bias, that
+            takes up what rounding the weights adds on average (Nagel et al. 2019, "Data-free quantization through
+            weight equalization and bias correction").
         symmetric: signed activations about 0, as TensorRT wants them, instead of unsigned ones with a zero point,
             which spend no code on numbers that a rectifier never gives.
         weight_bits: 7 keeps the sum of two products of unsigned activations and weights within 16 bits, which x86
@@ -155,7 +159,8 @@ def quantize_graph(
     for weight in dict.fromkeys(layer.weight for layer in chosen):
         its_layers = [layer for layer in chosen if layer.weight == weight]
         axis = its_layers[0].axis
-        codes, steps = quantize_weight(numpy_helper.to_array(constants[weight]).astype(np.float32), axis, weight_bits)
+        exact = numpy_helper.to_array(constants[weight]).astype(np.float32)
+        codes, steps = quantize_weight(exact, axis, weight_bits)
         if readers[weight] == len(its_layers):
             graph.initializer.remove(constants[weight])
         graph.initializer.append(numpy_helper.from_array(codes, f"{weight}.codes"))
@@ -170,8 +175,14 @@ def quantize_graph(
                 axis=axis,
             )
         )
+        rounded = codes * np.expand_dims(steps, [a for a in range(codes.ndim) if a != axis])
         for layer in its_layers:
             graph.node[layer.node].input[1] = f"{weight}.float"
+            if means is not None and layer.name in means:
+                node = graph.node[layer.node]
+                alone = len(node.input) > 2 and node.input[2] in constants and readers[node.input[2]] == 1
+                if alone:
+                    _correct_bias(constants[node.input[2]], node, rounded - exact, axis, means[layer.name])
 
     # What a linear layer reads is rounded for it alone: the scan may read it, too. What convolutions read and give is
     # rounded for all, so that an engine stays in integers across a sum.
@@ -192,6 +203,22 @@ def quantize_graph(
     del graph.node[:]
     graph.node.extend(copies)
     return made
+
+
+def _correct_bias(
+    bias: onnx.TensorProto, node: NodeProto, off: NDArray[np.float32], axis: int, mean: NDArray[np.float32]
+) -> None:
+    """Takes from a layer's bias, in place, what weights that are off by so much add to its output on average."""
+    if node.op_type == "Conv":
+        # Groups follow one another in the outputs, and each sees its own part of the inputs.
+        groups = len(mean) // off.shape[1]
+        seen = np.repeat(mean.reshape(groups, -1), len(off) // groups, 0)
+        shift = (off.sum(tuple(range(2, off.ndim))) * seen).sum(1)
+    else:
+        shift = off @ mean if axis == 0 else mean @ off
+    values = numpy_helper.to_array(bias)
+    if values.shape == shift.shape:
+        bias.CopyFrom(numpy_helper.from_array((values - shift).astype(np.float32), bias.name))
 
 
 def _split_biases(graph: onnx.GraphProto, places: Collection[int]) -> None:

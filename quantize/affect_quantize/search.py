@@ -1,6 +1,6 @@
 """Which layers stay in float: what each one costs in INT8, and giving back the costliest until a gate is kept."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,10 @@ class LayerCost:
     def worst(self) -> float:
         return max(self.errors.values())
 
+    def worst_of(self, outputs: Collection[str]) -> float:
+        """The largest error of some outputs; of all where none of them is among those measured, as states are not."""
+        return max((self.errors[o] for o in outputs if o in self.errors), default=self.worst)
+
     @property
     def worst_output(self) -> str:
         return max(self.errors, key=self.errors.__getitem__)
@@ -57,7 +61,7 @@ def relative_error(reference: Array, other: Array) -> float:
 def give_back(
     attempt: Callable[[frozenset[tuple[str, str]]], GateReport], costs: Callable[[], Sequence[LayerCost]]
 ) -> tuple[frozenset[tuple[str, str]], GateReport, GateReport]:
-    """The most layers in INT8 with which a gate is kept, when the costliest go back to float first.
+    """The most layers in INT8 with which a gate is kept, when those that cost the missed outputs most go back first.
 
     How many must go back is found by halving, as if giving back one more never broke a gate that was kept; what is
     returned was itself attempted, and last.
@@ -74,7 +78,8 @@ def give_back(
     first = attempt(nothing)
     if first.passed:
         return nothing, first, first
-    order = [(c.role, c.layer.name) for c in sorted(costs(), key=lambda c: c.worst, reverse=True)]
+    missed = {figure.output for _, figure in first.failures}
+    order = [(c.role, c.layer.name) for c in sorted(costs(), key=lambda c: c.worst_of(missed), reverse=True)]
     too_few, enough, tried = 0, len(order), 0
     report = attempt(frozenset(order))
     if not report.passed:

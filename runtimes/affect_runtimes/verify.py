@@ -152,8 +152,8 @@ def _rows(arrays: dict[str, Array], name: str, count: int | None, below: int, pa
     if rows is None:
         return None
     if rows.ndim != 1 or rows.dtype.kind not in "iu" or (count is not None and len(rows) != count):
-        steps = f"each of {count or below} steps"
-        raise BundleError(f"{path}: {name!r} is {rows.dtype} {rows.shape}, expected one whole number for {steps}")
+        wanted = "whole numbers" if count is None else f"one whole number for each of {count} steps"
+        raise BundleError(f"{path}: {name!r} is {rows.dtype} {rows.shape}, expected {wanted}")
     if len(rows) and not (0 <= rows.min() and rows.max() < below):
         raise BundleError(f"{path}: {name!r} has {rows.min()} to {rows.max()}, expected 0 to {below - 1}")
     return rows

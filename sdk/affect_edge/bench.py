@@ -420,7 +420,7 @@ def bench_main(argv: list[str] | None = None) -> int:
             write_report(report, arguments.json, arguments.force)
     except AffectError as error:
         print(f"affect-bench: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 

@@ -1,5 +1,7 @@
 """Layers are given back to float one at a time, the costliest first, and no more than is needed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -68,3 +70,12 @@ def test_relative_error() -> None:
     assert relative_error(reference, reference + 0.5) == pytest.approx(0.5)
     assert relative_error(np.full(3, 4.0), np.full(3, 5.0)) == pytest.approx(0.25)
     assert relative_error(np.zeros(3), np.zeros(3)) == 0
+
+
+def test_what_costs_the_missed_output_most_goes_back_first() -> None:
+    layer = Layer("a", "linear", 0, "a", 0, "x", "y", 10)
+    one = LayerCost("step", layer, {"valence": 0.1, "presence": 0.9})
+    other = LayerCost("step", replace(layer, name="b"), {"valence": 0.2, "presence": 0.1})
+    keep, _, _ = give_back(lambda keep: report(bool(keep)), lambda: [one, other])
+    assert keep == {("step", "b")}
+    assert one.worst_of({"state.ssm"}) == one.worst == 0.9

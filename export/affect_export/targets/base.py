@@ -1,7 +1,7 @@
 """What a target is."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,8 @@ from affect_runtimes.errors import InputError
 from affect_runtimes.interface import Tensor
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
 __all__ = ["FP32_BOUNDS", "INT8_BOUNDS", "GraphSource", "Plan", "Target", "WrittenGraph", "write_graphs"]
@@ -21,6 +23,10 @@ INT8_BOUNDS = (
     Bound("*", "least_ccc", 0.95),
     Bound("*", "agreement", 0.98),
     Bound("*", "drop", 0.5),
+    # Of these the layout of a face makes most of a correlation, so they are held in fractions of the picture, too.
+    Bound("landmarks", "mean_abs", 0.002),
+    Bound("points", "mean_abs", 0.002),
+    Bound("faces", "mean_abs", 0.005),
 )
 """What an artefact must keep against its float model, where a target has no policy of its own."""
 
@@ -86,10 +92,12 @@ class Plan:
 
     Attributes:
         ranges: role of the graph -> layer -> range of its activations.
+        means: role of the graph -> layer -> mean of its input by channel.
         keep: (role, layer) of those that stay in float.
     """
 
     ranges: Mapping[str, Ranges]
+    means: Mapping[str, Mapping[str, "NDArray[np.float32]"]] = field(default_factory=dict)
     keep: frozenset[tuple[str, str]] = frozenset()
 
     def kept_in(self, role: str) -> frozenset[str]:

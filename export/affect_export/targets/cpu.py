@@ -32,7 +32,7 @@ def _quantize(
         bits, keep = encoder_bits if role == "encoder" else 8, plan.kept_in(role)
         model = onnx.load(source / graph.file)
         kinds = {layer.kind for layer in find_layers(model) if layer.name not in keep}
-        quantized = quantize_graph(model, plan.ranges.get(role, {}), keep, weight_bits=bits)
+        quantized = quantize_graph(model, plan.ranges.get(role, {}), keep, plan.means.get(role), weight_bits=bits)
         # A large model's weights were beside it; a quarter as large, they fit into the graph.
         (folder / graph.file).write_bytes(quantized.SerializeToString(deterministic=True))
         precision = graph.precision | {kind: _FORMATS[bits] for kind in kinds}
