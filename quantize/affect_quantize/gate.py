@@ -116,9 +116,9 @@ class Gate:
         side by side, each of them run alone by the artefact against its share of the batch. And the reference against
         itself: the whole sequence at once against step by step.
 
-        Of a sequence that is nothing a model ever sees, only the largest difference is bound: where a model is at a loss
-        its outputs hardly move, and a correlation of what stands still means nothing. A number that is not finite is
-        refused everywhere.
+        Of a sequence that is nothing a model ever sees, only the largest difference is bound: where a model is at a
+        loss its outputs hardly move, and a correlation of what stands still means nothing. A number that is not finite
+        is refused everywhere.
 
         Where there are labels, both are scored by them, over all sequences together: accuracy of a distribution, CCC of
         anything else, the mean over its values; "drop" is what the artefact lost, in hundredths.

@@ -17,6 +17,7 @@ from affect_export.models.checkpoint import Checkpoint, load_model, save_model
 from affect_export.own_data import read_folder
 from affect_export.parity_data import altered_sequence, random_sequence
 from affect_export.targets import TARGETS, Plan, Target, WrittenGraph
+from affect_export.targets import onnx as onnx_target
 from affect_runtimes.base import machine
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.compare import Bound
@@ -267,3 +268,12 @@ def test_the_report_names_every_layer(checkpoint: Checkpoint, calibration: Calib
     assert picture is not None and picture.shape[0] > 200
     with pytest.raises(InputError, match="no layers that could stay in float"):
         layer_report.write_report(replace(result, quantized=None), tmp_path / "other")
+
+
+def test_weights_that_are_too_large_lie_beside_the_graph(
+    checkpoint: Checkpoint, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_target, "EXTERNAL_ABOVE", 10_000)
+    export.export_model(checkpoint, CPU, tmp_path / "out", calibration=calibration, parity_steps=24, bounds=LOOSE)
+    assert [g.data for g in Bundle.open(tmp_path / "out").manifest.graphs] == ["encoder.onnx.data", None]
+    assert replay(BundleModel(tmp_path / "out"))

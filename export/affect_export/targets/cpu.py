@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from affect_export.targets.base import FP32_BOUNDS, INT8_BOUNDS, Plan, Target, WrittenGraph
-from affect_export.targets.onnx import ONNX, write_all
+from affect_export.targets.onnx import ONNX, write_all, write_model
 from affect_runtimes.onnxruntime import INT8, INT8_SEVEN_BIT_WEIGHTS
 
 __all__ = ["CPU", "CPU_ARM64"]
@@ -33,10 +33,8 @@ def _quantize(
         model = onnx.load(source / graph.file)
         kinds = {layer.kind for layer in find_layers(model) if layer.name not in keep}
         quantized = quantize_graph(model, plan.ranges.get(role, {}), keep, plan.means.get(role), weight_bits=bits)
-        # A large model's weights were beside it; a quarter as large, they fit into the graph.
-        (folder / graph.file).write_bytes(quantized.SerializeToString(deterministic=True))
         precision = graph.precision | {kind: _FORMATS[bits] for kind in kinds}
-        made.append(replace(graph, precision=precision, data=None))
+        made.append(replace(graph, precision=precision, data=write_model(quantized, folder / graph.file)))
     return made
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from affect_export.targets.base import FP32_BOUNDS, GraphSource, Target, WrittenGraph, write_graphs
 from affect_runtimes.interface import Tensor
 
-__all__ = ["ONNX", "write_all", "write_onnx"]
+__all__ = ["ONNX", "write_all", "write_model", "write_onnx"]
 
 OPSET = 20
 # Protobuf ends at 2 GiB; half of that keeps the copies that serialising makes bearable.
@@ -63,6 +63,19 @@ def write_onnx(source: GraphSource, path: Path) -> str | None:
     _strip(model, source)
     path.write_bytes(model.SerializeToString(deterministic=True))
     return written.name
+
+
+def write_model(model, path: Path) -> str | None:  # type: ignore[no-untyped-def]
+    """Writes a graph; large tensors go beside it where it would grow too large, and the file's name is returned."""
+    import onnx
+
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)  # of an earlier try: onnx would append to it
+    if sum(len(i.raw_data) for i in model.graph.initializer) <= EXTERNAL_ABOVE:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return None
+    onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
+    return data.name
 
 
 def _name_weights(model, source: GraphSource) -> None:  # type: ignore[no-untyped-def]
