@@ -99,6 +99,7 @@ def assemble(
 ) -> BundleModel:
     """Makes a bundle of graphs that lie in a folder, and opens it as a device does. Its figures are not known yet."""
     model = checkpoint.model
+    known = {"*", *(o.name for o in model.outputs()), *(f"state.{s.name}" for s in model.states())}
     (folder / "verify.npz").write_bytes(verification.to_bytes())
     (folder / "MODEL_CARD.md").write_text(checkpoint.card or default_card(checkpoint))
     manifest: dict[str, Any] = {
@@ -136,7 +137,8 @@ def assemble(
             "made_with": {name: importlib.metadata.version(name) for name in target.libraries},
             "verified_on_target": machine() in target.arch,
         },
-        "parity": {"data": NAME, "bounds": [asdict(b) for b in bounds], "figures": []},
+        # A target speaks of outputs that another model has.
+        "parity": {"data": NAME, "bounds": [asdict(b) for b in bounds if b.output in known], "figures": []},
         # Gigabytes of weights are hashed once.
         "files": {g.data: _sha256(folder / g.data) for g in written if g.data is not None},
     }

@@ -141,13 +141,6 @@ def export_model(
     """
     precision = target.precision(precision)
     bounds = target.bounds[precision] if bounds is None else bounds
-    # A target speaks of outputs that another model has.
-    named = {
-        "*",
-        *(o.name for o in checkpoint.model.outputs()),
-        *(f"state.{s.name}" for s in checkpoint.model.states()),
-    }
-    bounds = [b for b in bounds if b.output in named]
     check_output_folder(output, force)
     # Of a single step no correlation can be told.
     if parity_steps is not None and not 2 <= parity_steps <= CLIP_STEPS:
