@@ -156,33 +156,26 @@ def quantize_graph(
     for value, (scale, zero) in scales.items():
         graph.initializer.append(numpy_helper.from_array(np.array(scale, np.float32), f"{value}.scale"))
         graph.initializer.append(numpy_helper.from_array(zero, f"{value}.zero"))
-    for weight in dict.fromkeys(layer.weight for layer in chosen):
-        its_layers = [layer for layer in chosen if layer.weight == weight]
-        axis = its_layers[0].axis
-        exact = numpy_helper.to_array(constants[weight]).astype(np.float32)
-        codes, steps = quantize_weight(exact, axis, weight_bits)
-        if readers[weight] == len(its_layers):
+    for layer in chosen:
+        # Weights that two layers share are written twice: ONNX Runtime 1.31 does not load a graph whose integer layers
+        # share them when it has to convert them for `session.x64quantprecision`.
+        exact = numpy_helper.to_array(constants[layer.weight]).astype(np.float32)
+        codes, steps = quantize_weight(exact, layer.axis, weight_bits)
+        by = [f"{layer.name}.codes", f"{layer.name}.scale", f"{layer.name}.zero"]
+        graph.initializer.append(numpy_helper.from_array(codes, by[0]))
+        graph.initializer.append(numpy_helper.from_array(steps, by[1]))
+        graph.initializer.append(numpy_helper.from_array(np.zeros(len(steps), np.int8), by[2]))
+        pair = (f"{layer.name}.float", f"{layer.name}.dequantize")
+        nodes.append(helper.make_node("DequantizeLinear", by, [pair[0]], name=pair[1], axis=layer.axis))
+        node = graph.node[layer.node]
+        node.input[1] = pair[0]
+        alone = len(node.input) > 2 and node.input[2] in constants and readers[node.input[2]] == 1
+        if means is not None and layer.name in means and alone:
+            rounded = codes * np.expand_dims(steps, [a for a in range(codes.ndim) if a != layer.axis])
+            _correct_bias(constants[node.input[2]], node, rounded - exact, layer.axis, means[layer.name])
+    for weight, count in Counter(layer.weight for layer in chosen).items():
+        if readers[weight] == count:
             graph.initializer.remove(constants[weight])
-        graph.initializer.append(numpy_helper.from_array(codes, f"{weight}.codes"))
-        graph.initializer.append(numpy_helper.from_array(steps, f"{weight}.scale"))
-        graph.initializer.append(numpy_helper.from_array(np.zeros(len(steps), np.int8), f"{weight}.zero"))
-        nodes.append(
-            helper.make_node(
-                "DequantizeLinear",
-                [f"{weight}.codes", f"{weight}.scale", f"{weight}.zero"],
-                [f"{weight}.float"],
-                name=f"{weight}.dequantize",
-                axis=axis,
-            )
-        )
-        rounded = codes * np.expand_dims(steps, [a for a in range(codes.ndim) if a != axis])
-        for layer in its_layers:
-            graph.node[layer.node].input[1] = f"{weight}.float"
-            if means is not None and layer.name in means:
-                node = graph.node[layer.node]
-                alone = len(node.input) > 2 and node.input[2] in constants and readers[node.input[2]] == 1
-                if alone:
-                    _correct_bias(constants[node.input[2]], node, rounded - exact, axis, means[layer.name])
 
     # What a linear layer reads is rounded for it alone: the scan may read it, too. What convolutions read and give is
     # rounded for all, so that an engine stays in integers across a sum.
