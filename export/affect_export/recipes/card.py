@@ -9,7 +9,8 @@ _CARD = """# Student {version}
 
 A small recurrent model that estimates, from the face in a video, what the face shows: expression, a valence/arousal
 proxy, action units and eye closure. A convolutional encoder reads one 112x112 face crop aligned by the eyes; a Mamba
-head carries what it has seen from frame to frame. {parameters:,} parameters, fp32. Licence: Apache-2.0.
+head carries what it has seen from frame to frame. {parameters:,} parameters. Licence: Apache-2.0.
+Measured in fp32; a bundle says in its manifest and parity.json what it is in, and how near it stays.
 
 ## Intended use
 
