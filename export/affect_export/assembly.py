@@ -42,6 +42,10 @@ class Verification:
     Args:
         model: float.
         steps: how many.
+
+    Attributes:
+        sequence: the same inputs for the gate.
+        data: the file.
     """
 
     def __init__(self, model: AffectModel, steps: int) -> None:
@@ -66,14 +70,11 @@ class Verification:
         self.sequence = ParitySequence(f"what a device replays, {steps} steps", given_arrays, dt[:, None], True, every)
         outputs, states = graphs.run_step_form(model, self.sequence)
         kept = np.array([t for t in range(steps) if self.sequence.keeps(t)], np.int32)
-        self.arrays = arrays | {"dt": dt, "state_steps": kept}
-        self.arrays |= {f"output.{k}": v for k, v in outputs.items()} | {f"state.{k}": v for k, v in states.items()}
-
-    def to_bytes(self) -> bytes:
-        """The file."""
+        arrays |= {"dt": dt, "state_steps": kept}
+        arrays |= {f"output.{k}": v for k, v in outputs.items()} | {f"state.{k}": v for k, v in states.items()}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **self.arrays)
-        return buffer.getvalue()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        self.data = buffer.getvalue()
 
 
 def _room(model: AffectModel) -> int:
@@ -100,7 +101,7 @@ def assemble(
     """Makes a bundle of graphs that lie in a folder, and opens it as a device does. Its figures are not known yet."""
     model = checkpoint.model
     known = {"*", *(o.name for o in model.outputs()), *(f"state.{s.name}" for s in model.states())}
-    (folder / "verify.npz").write_bytes(verification.to_bytes())
+    (folder / "verify.npz").write_bytes(verification.data)
     (folder / "MODEL_CARD.md").write_text(checkpoint.card or default_card(checkpoint))
     manifest: dict[str, Any] = {
         "schema": SCHEMA,

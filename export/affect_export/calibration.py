@@ -182,9 +182,8 @@ def observe(written: Iterable[WrittenGraph], folder: Path) -> dict[str, Observer
 
     observers = {}
     for graph in written:
-        external = {} if graph.data is None else {graph.data: (folder / graph.data).read_bytes()}
         model = onnx.load(folder / graph.file, load_external_data=False)
-        observers[graph.source.role] = Observer(model, partial(open_bytes, external=external))
+        observers[graph.source.role] = Observer(model, partial(open_bytes, external=graph.external(folder)))
     return observers
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from affect_export import graphs
 from affect_export.assembly import VERIFY_STEPS, Verification, assemble, record
-from affect_export.calibration import Calibration, load_calibration, noise_calibration
+from affect_export.calibration import Calibration, load_calibration, noise_calibration, trajectory
 from affect_export.models.base import AffectModel
 from affect_export.models.checkpoint import Checkpoint
 from affect_export.output_folder import check_output_folder, publish, scratch_folder
@@ -240,7 +239,7 @@ def _write(
     if not model.states():
         drift_steps = 2  # without a memory there is no drift to find
     elif large and drift_steps == DRIFT_STEPS:
-        drift_steps = min(drift_steps, _DRIFT_STEPS_OF_LARGE)
+        drift_steps = _DRIFT_STEPS_OF_LARGE
     sequences.append(drift_sequence(_features(model, sequences[0]), drift_steps))
     gate = Gate(
         lambda given: graphs.run_step_form(model, given),
@@ -303,11 +302,5 @@ def _times_ms(model: BundleModel) -> dict[str, tuple[float, float]]:
 
 def _features(model: AffectModel, sequence: ParitySequence) -> dict[str, NDArray[Any]]:
     """The encoder's features over a sequence's first stream."""
-    state, found = model.initial_state(1), []
-    with torch.no_grad():
-        for t in range(len(sequence.dt)):
-            moment = {k: torch.from_numpy(v[t, :1]) for k, v in sequence.inputs.items()}
-            seen, rings = model.perceive(moment, state)
-            state |= rings
-            found.append({k: v.numpy()[0] for k, v in model.encode(seen).items()})
-    return {k: np.stack([f[k] for f in found]) for k in found[0]}
+    moments = [inputs for role, inputs in trajectory(model, sequence.stream(0)) if role == "step"]
+    return {t.name: np.concatenate([m[t.name] for m in moments]) for t in model.features()}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from affect_export.export import ExportResult
-from affect_quantize.curves import PX_PER_INCH, require_matplotlib
+from affect_quantize.curves import require_matplotlib, write_figure
 from affect_quantize.files import replacing
 from affect_quantize.search import LayerCost
 from affect_runtimes.errors import InputError
@@ -85,8 +85,6 @@ def _said(cost: LayerCost) -> str:
 
 
 def _draw(result: ExportResult, path: Path) -> None:
-    # By hand: pyplot would keep every figure alive and choose a backend for the whole process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -94,7 +92,6 @@ def _draw(result: ExportResult, path: Path) -> None:
     assert quantized is not None
     costs = quantized.costs
     figure = Figure(figsize=(10, 1.6 + 0.2 * len(costs)), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axis = figure.subplots()
     kept = [(c.role, c.layer.name) in quantized.keep for c in costs]
     bars = [max(c.worst, _LEAST) for c in costs]
@@ -114,5 +111,4 @@ def _draw(result: ExportResult, path: Path) -> None:
         patches.append(Patch(color=_FLOAT, label=f"stays in float: {kept.count(True)} layers"))
     axis.legend(handles=patches, loc="lower right", fontsize=8)
     axis.set_title(f"{result.model} for {result.target}", fontsize=11)
-    with replacing(path) as part, part.open("wb") as file:
-        canvas.figure.savefig(file, format="png", dpi=PX_PER_INCH)
+    write_figure(figure, path)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from affect_export.calibration import Calibration
+from affect_export.calibration import Calibration, trajectory
 from affect_export.models.base import AffectModel
 from affect_export.parity_data import CLIP_STEPS, clip_inputs, prepared
 from affect_export.targets import Plan, Target, WrittenGraph
-from affect_quantize.gate import GateReport
+from affect_quantize.gate import GateReport, ParitySequence
 from affect_quantize.qdq import Layer, find_layers
 from affect_quantize.search import LayerCost, give_back, relative_error
 from affect_runtimes.errors import InputError
@@ -130,7 +130,8 @@ def layer_costs(
     # Spread over the clip: within a second of it, outputs hardly move, and any error is large beside that.
     rows = np.linspace(0, CLIP_STEPS - 1, _MOMENTS).astype(int)
     shown = prepared(model.inputs(), {k: v[rows] for k, v in clip_inputs(model.inputs()).items()})
-    moments = _seen(model, shown)
+    clip = ParitySequence("", {k: v[:, None] for k, v in shown.items()}, np.ones((_MOMENTS, 1), np.float32))
+    moments = [inputs for role, inputs in trajectory(model, clip) if role == "encoder"]
     features = [run["encoder"](m) for m in moments]
     expected = _outputs(model, run["step"], features)
     costs = []
@@ -150,20 +151,7 @@ def layer_costs(
 
 
 def _runner(graph: WrittenGraph, folder: Path) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    external = {} if graph.data is None else {graph.data: (folder / graph.data).read_bytes()}
-    return open_bytes((folder / graph.file).read_bytes(), external)
-
-
-def _seen(model: AffectModel, shown: Mapping[str, Array]) -> list[dict[str, Array]]:
-    """What the encoder takes at each moment of one stream."""
-    import torch
-
-    state, moments = model.initial_state(1), []
-    for t in range(_MOMENTS):
-        seen, rings = model.perceive({k: torch.from_numpy(v[t : t + 1]) for k, v in shown.items()}, state)
-        state |= rings
-        moments.append({k: v.numpy() for k, v in seen.items()})
-    return moments
+    return open_bytes((folder / graph.file).read_bytes(), graph.external(folder))
 
 
 def _outputs(

@@ -4,13 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from affect_quantize.files import replacing
 from affect_runtimes.errors import MissingDependencyError
 
-__all__ = ["PX_PER_INCH", "Panel", "draw_curves", "require_matplotlib"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-PX_PER_INCH = 110
+__all__ = ["Panel", "draw_curves", "require_matplotlib", "write_figure"]
+
+_PX_PER_INCH = 110
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,9 @@ def draw_curves(rows: Sequence[Sequence[Panel]], path: Path, title: str = "") ->
         MissingDependencyError: matplotlib is not installed.
     """
     require_matplotlib()
-    # Figure and canvas by hand: pyplot would keep every figure alive and choose a backend for the whole process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.2 * max(len(r) for r in rows), 3.8 * len(rows) + 0.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), max(len(r) for r in rows), squeeze=False)
     for line, panels in zip(axes, rows, strict=True):
         for axis, panel in zip(line, panels, strict=True):
@@ -76,5 +77,14 @@ def draw_curves(rows: Sequence[Sequence[Panel]], path: Path, title: str = "") ->
                 axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     if title:
         figure.suptitle(title, fontsize=11)
+    write_figure(figure, path)
+
+
+def write_figure(figure: "Figure", path: Path) -> None:
+    """Writes a figure as a PNG, which appears whole or not at all."""
+    # By hand: pyplot would keep every figure alive and choose a backend for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
     with replacing(path) as part, part.open("wb") as file:
-        canvas.figure.savefig(file, format="png", dpi=PX_PER_INCH)
+        figure.savefig(file, format="png", dpi=_PX_PER_INCH)

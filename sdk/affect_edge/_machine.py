@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from affect_runtimes.base import machine
+
 __all__ = ["cpu_name", "describe", "engine_version", "memory", "warnings"]
 
 _MOST_LOAD = 0.5  # a core; above it others were running, too
@@ -36,6 +38,7 @@ def _kib(text: str) -> int:
 
 
 def describe() -> dict[str, Any]:
+    """Processor, board, system, libraries and load, for a report."""
     import cv2
 
     governors = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
@@ -44,7 +47,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_name(_text(Path("/proc/cpuinfo"))),
         # On Arm devices the board says more than the processor does.
         "board": _text(Path("/proc/device-tree/model")).strip("\0\n ") or None,
-        "arch": platform.machine(),
+        "arch": machine(),
         "cores": os.cpu_count(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

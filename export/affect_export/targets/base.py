@@ -66,6 +66,10 @@ class WrittenGraph:
     precision: dict[str, str]
     data: str | None = None
 
+    def external(self, folder: Path) -> dict[str, bytes]:
+        """Name and content of that file, as `affect_runtimes.onnxruntime.open_bytes` takes it."""
+        return {} if self.data is None else {self.data: (folder / self.data).read_bytes()}
+
 
 def write_graphs(
     graphs: Sequence[GraphSource], folder: Path, suffix: str, write: Callable[[GraphSource, Path], str | None]
