@@ -13,6 +13,7 @@ SYSTEMS := mamba-va mamba-fer ag-ssm reno ms-vssm
 BIN := $(VENV)/bin
 ORACLE := build/oracle
 LITERT := build/litert
+STUBS := build/tensorrt-stubs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install serves Python files from the tree, so only these make a new install necessary.
 INSTALL_INPUTS := pyproject.toml constraints.txt $(shell find cmake runtimes/native -type f)
@@ -28,7 +29,7 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 SAY_IF_NATIVE = $(BIN)/python -c 'from affect_runtimes import native; print(native.unavailable_reason() or "native step library: ready")'
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev oracle litert demo export test test-arm64 test-full-size check lint format wheel clean
+.PHONY: help install install-dev oracle litert stubs demo export test test-arm64 test-full-size check lint format wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,13 +78,21 @@ $(LITERT)/.installed: requirements-litert.txt | $(VENV)/.installed-dev
 
 litert: $(LITERT)/.installed ## litert-torch, which converts for the target tflite: build/litert
 
+# What TensorRT 10 takes, for the tests of its runtime. Alone: the stubs depend on TensorRT itself, gigabytes.
+$(STUBS)/.installed: constraints.txt | $(VENV)/.installed-dev
+	rm -rf $(STUBS)
+	$(PIP) install --no-deps --target $(STUBS) tensorrt-stubs
+	touch $@
+
+stubs: $(STUBS)/.installed ## type stubs of TensorRT 10, which the tests of its runtime are held to: build/tensorrt-stubs
+
 export: install ## the shipped student, exported and verified for this machine: out/bundles/student-cpu
 	$(BIN)/affect-export --target cpu --output out/bundles/student-cpu --report out/bundles/student-cpu-report --force
 
 demo: export ## the dashcam demo on a real clip: out/dashcam
 	$(BIN)/affect-dashcam --demo-clip --bundle out/bundles/student-cpu --output out/dashcam
 
-test: check oracle litert ## every check and every test
+test: check oracle litert stubs ## every check and every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	PYTHONPATH=$(LITERT) $(BIN)/python -m pytest -m litert tests/export
 	$(MAKE) test-full-size

@@ -21,13 +21,14 @@ from affect_export.models.checkpoint import Checkpoint
 from affect_export.parity_data import CLIP_STEPS, NAME, clip_inputs, prepared
 from affect_export.targets import Target, WrittenGraph
 from affect_quantize.gate import GateReport, ParitySequence
-from affect_runtimes.base import machine
+from affect_runtimes.base import Engine, machine
+from affect_runtimes.bundle import Bundle
 from affect_runtimes.compare import Bound
 from affect_runtimes.interface import ImageInput
 from affect_runtimes.manifest import SCHEMA, to_text
 from affect_runtimes.model import BundleModel
 
-__all__ = ["VERIFY_STEPS", "Verification", "assemble", "default_card", "record"]
+__all__ = ["VERIFY_STEPS", "Verification", "assemble", "default_card", "open_here", "record"]
 
 VERIFY_STEPS = 64
 _MOST_PICTURES, _LEAST_PICTURES, _PICTURE_BYTES = 8, 2, 80_000
@@ -124,6 +125,7 @@ def assemble(
                 "file": g.file,
                 "sha256": _sha256(folder / g.file),
                 **({} if g.data is None else {"data": g.data}),
+                **({} if not g.plans else {"plans": [asdict(plan) for plan in g.plans]}),
                 "precision": g.precision,
                 "inputs": [t.to_json() for t in g.source.inputs],
                 "outputs": [t.to_json() for t in g.source.outputs],
@@ -136,15 +138,34 @@ def assemble(
             "arch": list(target.arch),
             "precision": precision,
             "made_with": {name: importlib.metadata.version(name) for name in target.libraries},
-            "verified_on_target": machine() in target.arch,
+            **({} if target.max_batch is None else {"max_batch": target.max_batch}),
+            "verified_on_target": machine() in target.arch and target.stand_in is None,
         },
         # A target speaks of outputs that another model has.
         "parity": {"data": NAME, "bounds": [asdict(b) for b in bounds if b.output in known], "figures": []},
         # Gigabytes of weights are hashed once.
-        "files": {g.data: _sha256(folder / g.data) for g in written if g.data is not None},
+        "files": {name: _sha256(folder / name) for g in written for name in _beside(g)},
     }
     _finish(folder, manifest, {"figures": []})
-    return BundleModel(folder, any_machine=True)
+    return open_here(folder, target)
+
+
+def open_here(folder: Path, target: Target) -> BundleModel:
+    """Opens a bundle on this machine: on its own engine, or on what stands in for it."""
+    stand_in = target.stand_in
+    if stand_in is None:
+        return BundleModel(folder, any_machine=True)
+
+    def opener(bundle: Bundle, role: str) -> Engine:
+        graph = bundle.manifest.graph(role)
+        return stand_in(graph, bundle.read(graph.file))
+
+    return BundleModel(folder, opener=opener)
+
+
+def _beside(graph: WrittenGraph) -> list[str]:
+    """The files of a graph beside itself."""
+    return [*(() if graph.data is None else (graph.data,)), *(plan.file for plan in graph.plans)]
 
 
 def record(folder: Path, report: GateReport, steps: int, more: dict[str, Any]) -> None:

@@ -363,9 +363,11 @@ def _print_result(result: "ExportResult") -> None:
             table.add_row(f.output, f.metric, f"{f.value:.4f}", "" if f.limit is None else f"{f.limit:g}")
         console.print(table)
     table = _table("graphs", "graph", "fp32", result.precision, "formats", "ms here, p50", "p99")
-    for (role, (before, after)), (p50, p99) in zip(result.graph_bytes.items(), result.times_ms.values(), strict=True):
+    times = [(f"{p50:.2f}", f"{p99:.2f}") for p50, p99 in result.times_ms.values()]
+    for number, (role, (before, after)) in enumerate(result.graph_bytes.items()):
         formats = ", ".join(f"{kind} {form}" for kind, form in result.formats[role].items())
-        table.add_row(role, f"{before / 1e6:.2f} MB", f"{after / 1e6:.2f} MB", formats, f"{p50:.2f}", f"{p99:.2f}")
+        there = times[number] if times else ("on the device", "")
+        table.add_row(role, f"{before / 1e6:.2f} MB", f"{after / 1e6:.2f} MB", formats, *there)
     console.print(table)
     if result.quantized is not None:
         _print_layers(console, result.quantized)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affect_export import graphs
-from affect_export.assembly import VERIFY_STEPS, Verification, assemble, record
+from affect_export.assembly import VERIFY_STEPS, Verification, assemble, open_here, record
 from affect_export.calibration import Calibration, load_calibration, noise_calibration, trajectory
 from affect_export.models.base import AffectModel
 from affect_export.models.checkpoint import Checkpoint
@@ -46,7 +46,8 @@ class ExportResult:
         size_bytes: of the bundle.
         graph_bytes: role -> size of the graph in fp32 and as it is in the bundle, weights included.
         formats: role -> kind of layer -> number format.
-        times_ms: graph -> median and 99th percentile of one run on one thread of this machine, one stream.
+        times_ms: graph -> median and 99th percentile of one run on one thread of this machine, one stream; empty where
+            the engine does not run on this one.
         report: of the gate.
         quantized: what was done for INT8, where layers were chosen.
     """
@@ -180,7 +181,7 @@ def export_model(
                 "calibrate on more of what the model will see"
             )
         progress("timing")
-        bundle = BundleModel(folder, any_machine=True)
+        bundle = open_here(folder, target)
         result = ExportResult(
             None if dry_run else output,
             checkpoint.name,
@@ -192,7 +193,7 @@ def export_model(
                 for g, w in zip(made.floats, made.written, strict=True)
             },
             {g.role: dict(g.precision) for g in bundle.bundle.manifest.graphs},
-            _times_ms(bundle),
+            {} if target.stand_in is not None else _times_ms(bundle),
             made.report,
             made.quantized,
         )
@@ -230,7 +231,7 @@ def _write(
     if steps is None:
         steps = _STEPS_OF_LARGE if large else CLIP_STEPS
     progress("float graphs")
-    source = folder if precision != "int8" else folder.with_name("float")
+    source = folder if precision == "fp32" else folder.with_name("float")
     source.mkdir(exist_ok=True)
     floats = written = target.builder(graphs.graph_sources(model), source)
     progress("the float model over the parity set")
@@ -267,10 +268,21 @@ def _write(
         written, report = quantized.written, quantized.report
     else:
         progress(f"{precision}, held to the float model")
+        if precision == "fp16":
+            assert target.halver is not None
+            written = target.halver(floats, source, folder)
         report = attempt(written)
-    record(folder, report, steps, {} if quantized is None else {"quantization": quantized.to_json()})
+    more: dict[str, Any] = {} if quantized is None else {"quantization": quantized.to_json()}
+    if report.passed and target.finisher is not None:
+        progress("building ahead of time")
+        written, built = target.finisher(model, written, folder)
+        assemble(checkpoint, target, precision, bounds, written, verification, folder)
+        more |= built
+    if target.stand_in is not None:
+        more["ran_on"] = "ONNX Runtime, in place of the engine, with its rounding; the device holds the engine itself"
+    record(folder, report, steps, more)
     if report.passed:
-        replay(BundleModel(folder, any_machine=True))
+        replay(open_here(folder, target))
     return _Made(source, floats, written, report, quantized)
 
 

@@ -141,7 +141,7 @@ def layer_costs(
                 made = target.quantizer(
                     [by_role[role]], source, Path(scratch), replace(plan, keep=everything - {(role, layer.name)})
                 )
-                alone = _runner(made[0], Path(scratch))
+                alone = _runner(made[0], Path(scratch), target)
             if role == "encoder":
                 found = _outputs(model, run["step"], [alone(m) for m in moments])
             else:
@@ -150,8 +150,13 @@ def layer_costs(
     return costs
 
 
-def _runner(graph: WrittenGraph, folder: Path) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    return open_bytes((folder / graph.file).read_bytes(), graph.external(folder))
+def _runner(
+    graph: WrittenGraph, folder: Path, target: Target | None = None
+) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    data = (folder / graph.file).read_bytes()
+    if target is not None and target.stand_in is not None:
+        return target.stand_in(graph.described, data).run
+    return open_bytes(data, graph.external(folder))
 
 
 def _outputs(

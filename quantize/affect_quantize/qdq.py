@@ -102,15 +102,25 @@ def observed(layer: Layer) -> dict[str, str]:
 
 
 def quantize_weight(
-    weight: NDArray[np.float32], axis: int, bits: int = 8
+    weight: NDArray[np.float32], axis: int, bits: int = 8, half_scales: bool = False
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric weights of 8 bits in [-127, 127], or of 7 in [-63, 63], and the scale of each channel along `axis`."""
+    """Symmetric weights of 8 bits in [-127, 127], or of 7 in [-63, 63], and the scale of each channel along `axis`.
+
+    With `half_scales` fp16 holds the scales exactly, and the codes are those for them.
+    """
     codes = 2 ** (bits - 1) - 1
     others = tuple(a for a in range(weight.ndim) if a != axis)
     most = np.abs(weight).max(others)
     scale = np.where(most > 0, most / codes, 1.0).astype(np.float32)
+    if half_scales:
+        scale = _half(scale)
     shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
     return np.clip(np.rint(weight / scale.reshape(shape)), -codes, codes).astype(np.int8), scale
+
+
+def _half(scale: NDArray[np.floating]) -> NDArray[np.float32]:
+    """The nearest numbers that fp16 holds, none of them 0."""
+    return np.maximum(scale.astype(np.float16), np.finfo(np.float16).smallest_subnormal).astype(np.float32)
 
 
 def quantize_graph(
@@ -121,6 +131,7 @@ def quantize_graph(
     *,
     symmetric: bool = False,
     weight_bits: int = 8,
+    half_scales: bool = False,
 ) -> ModelProto:
     """A copy of a float graph with its layers in INT8.
 
@@ -135,6 +146,7 @@ def quantize_graph(
             which spend no code on numbers that a rectifier never gives.
         weight_bits: 7 keeps the sum of two products of unsigned activations and weights within 16 bits, which x86
             processors without VNNI would otherwise cut off.
+        half_scales: scales that fp16 holds exactly, for a graph that will have them in fp16 (`affect_quantize.half`).
 
     Raises:
         InputError: a layer has no range, or one that is not finite, or `keep` names no layer.
@@ -149,6 +161,8 @@ def quantize_graph(
     made.CopyFrom(model)
     graph = made.graph
     scales = _activation_scales(graph, chosen, ranges, symmetric)
+    if half_scales:
+        scales = {value: (float(_half(np.array(scale))), zero) for value, (scale, zero) in scales.items()}
 
     constants = {i.name: i for i in graph.initializer}
     readers = Counter(name for node in graph.node for name in node.input)
@@ -160,7 +174,7 @@ def quantize_graph(
         # Weights that two layers share are written twice: ONNX Runtime 1.31 does not load a graph whose integer layers
         # share them when it has to convert them for `session.x64quantprecision`.
         exact = numpy_helper.to_array(constants[layer.weight]).astype(np.float32)
-        codes, steps = quantize_weight(exact, layer.axis, weight_bits)
+        codes, steps = quantize_weight(exact, layer.axis, weight_bits, half_scales)
         by = [f"{layer.name}.codes", f"{layer.name}.scale", f"{layer.name}.zero"]
         graph.initializer.append(numpy_helper.from_array(codes, by[0]))
         graph.initializer.append(numpy_helper.from_array(steps, by[1]))

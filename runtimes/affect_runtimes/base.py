@@ -22,12 +22,25 @@ __all__ = ["ENGINES", "Engine", "GraphEngine", "machine", "open_engine"]
 
 Array = NDArray[Any]
 
-ENGINES = {"onnxruntime": "affect_runtimes.onnxruntime", "ai-edge-litert": "affect_runtimes.litert"}
-"""Engine name in a manifest -> the module whose `create(graph, data, external, threads)` opens it."""
+ENGINES = {
+    "onnxruntime": "affect_runtimes.onnxruntime",
+    "ai-edge-litert": "affect_runtimes.litert",
+    "tensorrt": "affect_runtimes.tensorrt",
+}
+"""Engine name in a manifest -> the module whose `create(bundle, graph, threads)` opens it."""
 
 
 class Engine(Protocol):
-    """One graph, ready to run; immutable and safe to share between threads."""
+    """One graph, ready to run; immutable and safe to share between threads.
+
+    Attributes:
+        identity: what else than bundle and machine its numbers depend on, such as a GPU and its driver; empty where
+            the engine's version says it all. A verdict is kept under it.
+        words: what runs, for people.
+    """
+
+    identity: Mapping[str, str]
+    words: str
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Arrays in, arrays out, by the names of the manifest."""
@@ -49,6 +62,8 @@ class GraphEngine(ABC):
 
     def __init__(self, graph: Graph, data: bytes, external: bytes | None, threads: int) -> None:
         self.graph = graph
+        self.identity: Mapping[str, str] = {}
+        self.words = ""
         inputs, outputs = self._load(data, external, threads)
         for what, stated, found in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
             if set(stated) != set(found):
@@ -120,9 +135,7 @@ def open_engine(bundle: Bundle, graph: str = "step", threads: int = 1, any_machi
     if name not in ENGINES:
         raise BundleError(f"{bundle.path}: needs the engine {name!r}; this release runs {', '.join(sorted(ENGINES))}")
     described = bundle.manifest.graph(graph)
-    external = None if described.data is None else bundle.read(described.data)
-    create = importlib.import_module(ENGINES[name]).create
-    engine: Engine = create(described, bundle.read(described.file), external, threads)
+    engine: Engine = importlib.import_module(ENGINES[name]).create(bundle, described, threads)
     return engine
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from affect_runtimes._checked import parse_object
 from affect_runtimes.compare import Bound
 from affect_runtimes.errors import BundleError, IntegrityError
-from affect_runtimes.manifest import Manifest
+from affect_runtimes.manifest import Graph, Manifest
 
 __all__ = ["Bundle"]
 
@@ -71,6 +71,10 @@ class Bundle:
         kept = self._contents.get(name)
         return _verified(self._folder, name, files[name]) if kept is None else kept
 
+    def read_graph(self, graph: Graph) -> tuple[bytes, bytes | None]:
+        """The verified bytes of a graph and of its large tensors, if these are elsewhere; see `read`."""
+        return self.read(graph.file), None if graph.data is None else self.read(graph.data)
+
     def release_graphs(self) -> None:
         """Lets go of the bytes of the graphs and their data, once engines have copies of their own.
 
@@ -116,7 +120,8 @@ class Bundle:
     def _graph_files(self) -> set[str]:
         # A set: two graphs may share one file of large tensors.
         graphs = self.manifest.graphs
-        return {g.file for g in graphs} | {g.data for g in graphs if g.data is not None}
+        plans = {plan.file for g in graphs for plan in g.plans}
+        return {g.file for g in graphs} | {g.data for g in graphs if g.data is not None} | plans
 
     def __repr__(self) -> str:
         m = self.manifest

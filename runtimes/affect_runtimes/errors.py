@@ -7,12 +7,14 @@ AffectError                what was asked, what was found, what would work
   BundleError              a folder that is not a usable bundle
     IntegrityError         a file of a bundle that is missing, changed or outside it
   ParityError              an engine or artefact outside its stated bound
+  DeviceError              a GPU, its driver or the cache of its engines that cannot be used (also a RuntimeError)
   MissingDependencyError   an optional library that is not installed (also an ImportError)
 """
 
 __all__ = [
     "AffectError",
     "BundleError",
+    "DeviceError",
     "InputError",
     "IntegrityError",
     "MissingDependencyError",
@@ -48,6 +50,10 @@ class IntegrityError(BundleError):
 
 class ParityError(AffectError):
     """An artefact's outputs lie outside the bound stated against its float model."""
+
+
+class DeviceError(AffectError, RuntimeError):
+    """A device that a bundle needs is not there, or refuses; nothing falls back to another one."""
 
 
 class MissingDependencyError(AffectError, ImportError):

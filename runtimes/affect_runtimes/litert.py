@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affect_runtimes.base import GraphEngine
+from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import BundleError, MissingDependencyError
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
@@ -37,7 +38,7 @@ class LiteRTEngine(GraphEngine):
             self._invoke({name: np.zeros(detail["shape"], detail["dtype"]) for name, detail in inputs.items()})
         except Exception as error:  # the bindings have no exceptions of their own
             raise BundleError(f"{self.graph.file}: LiteRT cannot run it: {error}") from error
-        self._lock = threading.Lock()
+        self._lock, self.words = threading.Lock(), "LiteRT on the processor"
         self._axes = {t.name: t.batch_axis for t in (*self.graph.inputs, *self.graph.outputs)}
         return (
             [_tensor(name, detail, self._axes) for name, detail in inputs.items()],
@@ -66,9 +67,9 @@ class LiteRTEngine(GraphEngine):
         return {name: self._interpreter.get_tensor(index) for name, index in self._gives.items()}
 
 
-def create(graph: Graph, data: bytes, external: bytes | None, threads: int) -> LiteRTEngine:
+def create(bundle: Bundle, graph: Graph, threads: int) -> LiteRTEngine:
     """Opens a graph; see `affect_runtimes.base.open_engine`."""
-    return LiteRTEngine(graph, data, external, threads)
+    return LiteRTEngine(graph, *bundle.read_graph(graph), threads)
 
 
 def _interpreter_class() -> Any:

@@ -33,15 +33,33 @@ from affect_runtimes.interface import (
     read_tensor,
 )
 
-__all__ = ["SCHEMA", "Clock", "Graph", "Manifest", "to_text"]
+__all__ = ["SCHEMA", "Clock", "EnginePlan", "Graph", "Manifest", "to_text"]
 
 SCHEMA = 2
 """2: inputs have a kind, and everything is checked against everything else; 1 was of release 0.1.0."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ROLES = ("encoder", "step")
 _LEAST_INTERVAL_S, _MOST_INTERVAL_S = 1e-6, 86_400.0
+_MOST_BATCH = 1024
 _MOST_STATE_BYTES = 2**30
 """Of one stream. The published systems carry some megabytes; a gibibyte is a slip or a trap."""
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """An engine that was built from a graph ahead of time, for one kind of GPU.
+
+    Attributes:
+        file: inside the bundle.
+        library: that built it and loads it, such as "tensorrt_rtx".
+        version: of the library; no other loads it.
+        gpu: compute capability, such as "8.9".
+    """
+
+    file: str
+    library: str
+    version: str
+    gpu: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ class Graph:
         inputs: name, shape, dtype.
         outputs: likewise.
         data: file with the graph's large tensors, where they do not fit into the graph itself.
+        plans: engines that were built from it ahead of time.
     """
 
     role: str
@@ -65,6 +84,7 @@ class Graph:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     data: str | None = None
+    plans: tuple[EnginePlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,7 @@ class Manifest:
         made_with: library -> version, the engine's among them.
         verified_on_target: whether the export held the bundle to its bounds on such a machine.
         bounds: what the export held it to and a replay holds it to; at least one.
+        max_batch: streams that an engine built on the device takes in one step; 1 where the manifest does not say.
     """
 
     raw: Mapping[str, Any]
@@ -107,6 +128,7 @@ class Manifest:
     made_with: Mapping[str, str]
     verified_on_target: bool
     bounds: tuple[Bound, ...]
+    max_batch: int = 1
 
     @property
     def image(self) -> ImageInput | None:
@@ -192,6 +214,7 @@ class Manifest:
             made_with={library: made_with.text(library) for library in made_with.raw},
             verified_on_target=target.flag("verified_on_target"),
             bounds=_bounds(fields.object("parity"), outputs, states),
+            max_batch=target.whole("max_batch", 1, _MOST_BATCH) if target.given("max_batch") else 1,
         )
         _consistent(manifest)
         return manifest
@@ -283,6 +306,16 @@ def _graph(fields: Fields) -> Graph:
         tuple(read_tensor(t.raw) for t in fields.objects("inputs", least=1)),
         tuple(read_tensor(t.raw) for t in fields.objects("outputs", least=1)),
         _inside(fields.raw["data"], f"{fields.where}: data") if fields.given("data") else None,
+        tuple(_plan(plan) for plan in fields.objects("plans")) if fields.given("plans") else (),
+    )
+
+
+def _plan(fields: Fields) -> EnginePlan:
+    return EnginePlan(
+        _inside(fields.raw.get("file"), f"{fields.where}: file"),
+        fields.text("library"),
+        fields.text("version"),
+        fields.text("gpu"),
     )
 
 
@@ -294,6 +327,9 @@ def _files(fields: Fields, graphs: tuple[Graph, ...]) -> dict[str, str]:
     for graph in graphs:
         if graph.data is not None and graph.data not in files:
             raise BundleError(f"graph {graph.role!r}: its data {graph.data!r} is not among the listed files")
+        for plan in graph.plans:
+            if plan.file not in files:
+                raise BundleError(f"graph {graph.role!r}: its engine {plan.file!r} is not among the listed files")
     return files | {g.file: g.sha256 for g in graphs}
 
 

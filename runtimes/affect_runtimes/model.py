@@ -1,6 +1,6 @@
 """A bundle as a recurrent model: the same words as the float model, in numpy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affect_runtimes.audio import encoder_inputs
-from affect_runtimes.base import open_engine
+from affect_runtimes.base import Engine, open_engine
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import InputError, StateError
 from affect_runtimes.interface import check_names
@@ -27,22 +27,40 @@ class BundleModel:
         bundle: a verified bundle, or the path of one.
         threads: for each engine.
         any_machine: see `open_engine`.
+        opener: opens a graph of the bundle by its role, in place of `open_engine`: with it an export runs what stands
+            in for an engine that cannot run on a workstation.
 
     Raises:
         BundleError: see `Bundle.open` and `open_engine`.
     """
 
-    def __init__(self, bundle: Bundle | str | Path, threads: int = 1, any_machine: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle | str | Path,
+        threads: int = 1,
+        any_machine: bool = False,
+        opener: Callable[[Bundle, str], Engine] | None = None,
+    ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         manifest = self.bundle.manifest
-        self._encoder = open_engine(self.bundle, "encoder", threads, any_machine)
-        self._step = open_engine(self.bundle, "step", threads, any_machine)
+        opened = opener or (lambda bundle, role: open_engine(bundle, role, threads, any_machine))
+        self._encoder, self._step = opened(self.bundle, "encoder"), opened(self.bundle, "step")
         # The engines have copies of their own, and these may be gigabytes.
         self.bundle.release_graphs()
         self._states = manifest.states
         self._in_graph = [t.name for t in manifest.states if t.kept_by == "graph"]
         self._axes = {t.name: t.batch_axis for t in manifest.states}
         self._outputs = [o.name for o in manifest.outputs]
+
+    @property
+    def engine_words(self) -> str:
+        """What runs the graphs, for people: the library, its version, and the device where it is not the processor."""
+        return self._step.words
+
+    @property
+    def engine_identity(self) -> dict[str, str]:
+        """See `Engine.identity`; of both graphs."""
+        return {**self._encoder.identity, **self._step.identity}
 
     def initial_state(self, batch: int = 1) -> State:
         """The state of streams that have seen and heard nothing."""

@@ -8,6 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from affect_runtimes.base import GraphEngine
+from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import BundleError, MissingDependencyError
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
@@ -29,6 +30,7 @@ class OnnxRuntimeEngine(GraphEngine):
         # has slower ones that do not. Weights of 7 bits cannot saturate.
         exact = INT8 in self.graph.precision.values()
         self._session = _session(self.graph.file, data, weights, threads, exact)
+        self.words = f"ONNX Runtime {_version()} on the processor"
         self._names = [o.name for o in self._session.get_outputs()]
         return [_tensor(i) for i in self._session.get_inputs()], [_tensor(o) for o in self._session.get_outputs()]
 
@@ -61,6 +63,12 @@ def _session(file: str, data: bytes, external: Mapping[str, bytes], threads: int
         raise BundleError(f"{file}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
 
 
+def _version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
 def open_bytes(
     data: bytes, external: Mapping[str, bytes] | None = None, threads: int = 1
 ) -> Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
@@ -80,9 +88,9 @@ def open_bytes(
     return lambda inputs: dict(zip(names, session.run(None, dict(inputs)), strict=True))
 
 
-def create(graph: Graph, data: bytes, external: bytes | None, threads: int) -> OnnxRuntimeEngine:
+def create(bundle: Bundle, graph: Graph, threads: int) -> OnnxRuntimeEngine:
     """Opens a graph; see `affect_runtimes.base.open_engine`."""
-    return OnnxRuntimeEngine(graph, data, external, threads)
+    return OnnxRuntimeEngine(graph, *bundle.read_graph(graph), threads)
 
 
 def _tensor(node: Any) -> Tensor:

@@ -75,9 +75,7 @@ class State:
                 raise StateError(f"cannot stack states of model {other.model[:12]} and model {first.model[:12]}")
         if len(states) == 1:
             return first
-        arrays = {
-            name: np.concatenate([s.arrays[name] for s in states], axis=axis) for name, axis in first.axes.items()
-        }
+        arrays = {name: _join([s.arrays[name] for s in states], axis) for name, axis in first.axes.items()}
         return State(first.model, arrays, first.axes, sum(s.batch for s in states))
 
     def split(self, n: int) -> list["State"]:
@@ -88,9 +86,8 @@ class State:
         """
         if n != self.batch:
             raise StateError(f"asked to split into {n} streams, but the state holds {self.batch}")
-        pieces = {name: np.split(a, n, axis=self.axes[name]) for name, a in self.arrays.items()}
-        # Copies: a view would keep every stream's arrays alive as long as one of them lives.
-        return [State(self.model, {k: v[i].copy() for k, v in pieces.items()}, self.axes, 1) for i in range(n)]
+        pieces = {name: _cut(a, n, self.axes[name]) for name, a in self.arrays.items()}
+        return [State(self.model, {k: v[i] for k, v in pieces.items()}, self.axes, 1) for i in range(n)]
 
     def to_bytes(self) -> bytes:
         """Exactly this state, to be stored or sent; `from_bytes` restores it bit for bit."""
@@ -146,3 +143,20 @@ class State:
     def __repr__(self) -> str:
         shapes = ", ".join(f"{k} {a.shape} {a.dtype}" for k, a in self.arrays.items())
         return f"State(model={self.model[:12]}, {shapes})"
+
+
+def _join(arrays: Sequence[Array], axis: int) -> Array:
+    """Side by side; where an engine holds them (`affect_runtimes.tensorrt`), it is asked first."""
+    joined = getattr(arrays[0], "joined", None)
+    found: Array | None = None if joined is None else joined(arrays, axis)
+    return np.concatenate([np.asarray(a) for a in arrays], axis=axis) if found is None else found
+
+
+def _cut(array: Array, n: int, axis: int) -> list[Array]:
+    """The inverse of `_join`."""
+    cut = getattr(array, "cut", None)
+    if cut is not None:
+        pieces: list[Array] = cut(n, axis)
+        return pieces
+    # Copies: a view would keep every stream's arrays alive as long as one of them lives.
+    return [piece.copy() for piece in np.split(array, n, axis=axis)]

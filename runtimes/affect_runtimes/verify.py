@@ -14,7 +14,7 @@ from affect_runtimes.errors import BundleError, InputError, ParityError
 from affect_runtimes.interface import check_names
 from affect_runtimes.model import BundleModel
 
-__all__ = ["recorded_inputs", "replay", "replay_elsewhere"]
+__all__ = ["recorded_inputs", "replay", "replay_elsewhere", "replay_here"]
 
 Array = NDArray[Any]
 
@@ -85,8 +85,33 @@ def replay_elsewhere(model: BundleModel) -> bool:
     known = version is not None and version == manifest.made_with.get(manifest.engine)
     if known and arch == machine() and manifest.verified_on_target:
         return False
-    replay(model)
+    if model.engine_identity:
+        from affect_runtimes.cache import EngineCache
+
+        if EngineCache().verdict(_verdict_key(model)) is not None:
+            return False
+    replay_here(model)
     return True
+
+
+def replay_here(model: BundleModel) -> list[Figure]:
+    """As `replay`; of an engine that was made on this device, the verdict is kept beside it if the bounds are.
+
+    Raises:
+        BundleError, ParityError: see `replay`.
+        DeviceError: the verdict cannot be kept.
+    """
+    figures = replay(model)
+    if model.engine_identity:
+        # Needs what not every system has, and only these engines do.
+        from affect_runtimes.cache import EngineCache
+
+        EngineCache().keep_verdict(_verdict_key(model), {"figures": [f.to_json() for f in figures]})
+    return figures
+
+
+def _verdict_key(model: BundleModel) -> dict[str, str]:
+    return {**model.engine_identity, "manifest": str(model.bundle.manifest.raw["manifest_sha256"])}
 
 
 def recorded_inputs(model: BundleModel) -> tuple[Array, dict[str, Array]]:

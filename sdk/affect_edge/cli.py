@@ -10,12 +10,12 @@ __all__ = ["verify_main"]
 
 
 def verify_main(argv: list[str] | None = None) -> int:
-    """Hashes every file, replays verify.npz, and prints each figure beside its bound."""
+    """Hashes every file, builds the engines that a device builds itself, replays verify.npz, and prints each figure."""
     from affect_edge._recognizer import SHIPPED
     from affect_runtimes.base import machine
     from affect_runtimes.errors import AffectError
     from affect_runtimes.model import BundleModel
-    from affect_runtimes.verify import replay
+    from affect_runtimes.verify import replay_here
 
     parser = argparse.ArgumentParser(prog="affect-verify", description=verify_main.__doc__)
     parser.add_argument("bundle", nargs="?", default=SHIPPED, help="folder of the bundle; default: the shipped student")
@@ -23,7 +23,7 @@ def verify_main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         model = BundleModel(arguments.bundle, arguments.threads)
-        figures = replay(model)
+        figures = replay_here(model)
     except AffectError as error:
         print(f"affect-verify: {error}", file=sys.stderr)
         return 1
@@ -34,7 +34,7 @@ def verify_main(argv: list[str] | None = None) -> int:
         print("RANDOM WEIGHTS: never trained, the outputs mean nothing")
     for figure in figures:
         print(f"  {figure}")
-    print(f"verified: {manifest.engine} on {machine()} is the exported model, within its bounds")
+    print(f"verified: {model.engine_words} ({machine()}) is the exported model, within its bounds")
     return 0
 
 

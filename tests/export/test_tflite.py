@@ -20,7 +20,7 @@ from affect_export.targets.tflite import TFLITE, convert_tflite, quantize_tflite
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import AffectError, MissingDependencyError, ParityError
 from affect_runtimes.interface import Tensor
-from affect_runtimes.litert import LiteRTEngine, create
+from affect_runtimes.litert import LiteRTEngine
 from affect_runtimes.manifest import Graph
 from affect_runtimes.model import BundleModel
 from affect_runtimes.verify import replay, replay_elsewhere
@@ -53,7 +53,7 @@ def source_of(module: nn.Module, taken: tuple[int, ...], given: tuple[int, ...])
 def opened(source: GraphSource, data: bytes) -> LiteRTEngine:
     # As a manifest would name them: without what a state has besides.
     takes, gives = (tuple(Tensor(t.name, t.shape, t.dtype) for t in ts) for ts in (source.inputs, source.outputs))
-    return create(Graph(source.role, f"{source.role}.tflite", "", {}, takes, gives), data, None, 1)
+    return LiteRTEngine(Graph(source.role, f"{source.role}.tflite", "", {}, takes, gives), data, None, 1)
 
 
 def in_torch(source: GraphSource, given: dict[str, Array]) -> dict[str, Array]:

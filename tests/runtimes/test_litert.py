@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from affect_runtimes.errors import BundleError, MissingDependencyError
 from affect_runtimes.interface import Tensor
-from affect_runtimes.litert import create
+from affect_runtimes.litert import LiteRTEngine
 from affect_runtimes.manifest import Graph
 
 WEIGHT = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
@@ -107,7 +107,7 @@ def some_inputs(batch: int, seed: int = 0) -> dict[str, NDArray[np.float32]]:
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_a_batch_is_what_its_rows_are(batch: int) -> None:
-    engine, given = create(GRAPH, write_step(), None, 1), some_inputs(batch)
+    engine, given = LiteRTEngine(GRAPH, write_step(), None, 1), some_inputs(batch)
     found = engine.run(given)
     np.testing.assert_allclose(found["y"], given["x"] @ WEIGHT.T, atol=1e-6)
     np.testing.assert_array_equal(found["next_memory"], given["memory"] + given["x"])
@@ -120,12 +120,12 @@ def test_a_batch_is_what_its_rows_are(batch: int) -> None:
 def test_inputs_that_are_views_are_taken_as_they_are_seen() -> None:
     wide = np.random.default_rng(0).normal(size=(2, 2, 6)).astype(np.float32)
     given = {"x": wide[0, :, ::2], "memory": wide[:, :, ::-2]}
-    found = create(GRAPH, write_step(), None, 1).run(given)
+    found = LiteRTEngine(GRAPH, write_step(), None, 1).run(given)
     np.testing.assert_array_equal(found["next_memory"], given["memory"] + given["x"])
 
 
 def test_threads_share_an_engine() -> None:
-    engine = create(GRAPH, write_step(), None, 2)
+    engine = LiteRTEngine(GRAPH, write_step(), None, 2)
 
     def right(seed: int) -> bool:
         given = some_inputs(1 + seed % 3, seed)
@@ -153,7 +153,7 @@ def test_threads_share_an_engine() -> None:
 )
 def test_a_graph_that_is_not_the_manifests_is_refused(graph: Graph, words: str) -> None:
     with pytest.raises(BundleError, match=words):
-        create(graph, write_step(), None, 1)
+        LiteRTEngine(graph, write_step(), None, 1)
 
 
 @pytest.mark.parametrize(
@@ -169,26 +169,26 @@ def test_a_graph_that_is_not_the_manifests_is_refused(graph: Graph, words: str) 
 )
 def test_what_cannot_run_is_told_at_loading(data: bytes | dict[str, Any], words: str) -> None:
     with pytest.raises(BundleError, match=words):
-        create(GRAPH, data if isinstance(data, bytes) else write_step(**data), None, 1)
+        LiteRTEngine(GRAPH, data if isinstance(data, bytes) else write_step(**data), None, 1)
 
 
 def test_weights_beside_the_graph_are_refused() -> None:
     with pytest.raises(BundleError, match="holds its own weights"):
-        create(GRAPH, write_step(), b"weights", 1)
+        LiteRTEngine(GRAPH, write_step(), b"weights", 1)
 
 
 DAMAGE = """
 import sys
 from pathlib import Path
 from affect_runtimes.errors import BundleError
-from affect_runtimes.litert import create
+from affect_runtimes.litert import LiteRTEngine
 sys.path.insert(0, str(Path(sys.argv[1]).parent))
 from {module} import GRAPH
 data = Path(sys.argv[2]).read_bytes()
 opened = 0
 for cut in range(len(data)):
     try:
-        create(GRAPH, data[:cut], None, 1)
+        LiteRTEngine(GRAPH, data[:cut], None, 1)
     except BundleError:
         continue
     opened += 1
@@ -212,7 +212,7 @@ def test_without_litert_the_pip_line_is_told(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("ai_edge_litert.interpreter", "tflite_runtime.interpreter"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'affect-edge\[tflite\]'"):
-        create(GRAPH, b"", None, 1)
+        LiteRTEngine(GRAPH, b"", None, 1)
 
 
 def test_a_board_that_has_only_tflite_runtime_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +231,6 @@ def test_a_board_that_has_only_tflite_runtime_uses_it(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
     monkeypatch.setitem(sys.modules, "tflite_runtime", types.ModuleType("tflite_runtime"))
     monkeypatch.setitem(sys.modules, "tflite_runtime.interpreter", module)
-    found = create(GRAPH, data, None, 3).run(some_inputs(1))
+    found = LiteRTEngine(GRAPH, data, None, 3).run(some_inputs(1))
     np.testing.assert_allclose(found["y"], some_inputs(1)["x"] @ WEIGHT.T, atol=1e-6)
     assert asked == [3]

@@ -9,7 +9,7 @@ import pytest
 from affect_runtimes.errors import BundleError
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
-from affect_runtimes.onnxruntime import create
+from affect_runtimes.onnxruntime import OnnxRuntimeEngine
 
 
 def test_weights_that_nobody_hashed_are_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_weights_that_nobody_hashed_are_never_read(tmp_path: Path, monkeypatch: 
     tensors = tuple(Tensor(n, ("batch", 400), "float32") for n in "xy")
     described = Graph("step", "step.onnx", "", {}, tensors[:1], tensors[1:])
     with pytest.raises(BundleError, match=r"w\.bin"):
-        create(described, data, None, 1)
+        OnnxRuntimeEngine(described, data, None, 1)
     # Handed over in memory, which is how a bundle's verified data comes, they are found.
-    engine = create(replace(described, data="w.bin"), data, raw, 1)
+    engine = OnnxRuntimeEngine(replace(described, data="w.bin"), data, raw, 1)
     np.testing.assert_array_equal(engine.run({"x": np.ones((1, 400), np.float32)})["y"], 2.0)

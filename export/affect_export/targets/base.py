@@ -3,21 +3,42 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from affect_quantize.qdq import Ranges
+from affect_runtimes.base import Engine
 from affect_runtimes.compare import Bound
 from affect_runtimes.errors import InputError
 from affect_runtimes.interface import Tensor
+from affect_runtimes.manifest import EnginePlan, Graph
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import nn
 
-__all__ = ["FP32_BOUNDS", "INT8_BOUNDS", "GraphSource", "Plan", "Target", "WrittenGraph", "write_graphs"]
+    from affect_export.models.base import AffectModel
+
+__all__ = [
+    "FP16_BOUNDS",
+    "FP32_BOUNDS",
+    "INT8_BOUNDS",
+    "GraphSource",
+    "Plan",
+    "Target",
+    "WrittenGraph",
+    "write_graphs",
+]
 
 FP32_BOUNDS = (Bound("*", "max_abs", 1e-4), Bound("*", "ccc", 0.9999), Bound("*", "agreement", 0.99))
+FP16_BOUNDS = (
+    Bound("*", "ccc", 0.999),
+    Bound("*", "least_ccc", 0.99),
+    Bound("*", "agreement", 0.99),
+    Bound("landmarks", "mean_abs", 0.001),
+    Bound("points", "mean_abs", 0.001),
+    Bound("faces", "mean_abs", 0.002),
+)
 INT8_BOUNDS = (
     Bound("*", "ccc", 0.99),
     Bound("*", "least_ccc", 0.95),
@@ -59,12 +80,21 @@ class WrittenGraph:
         file: the graph.
         precision: number format by kind of layer.
         data: file with the graph's large tensors, or None where they are in the graph.
+        plans: engines built from it ahead of time.
     """
 
     source: GraphSource
     file: str
     precision: dict[str, str]
     data: str | None = None
+    plans: tuple[EnginePlan, ...] = ()
+
+    @property
+    def described(self) -> Graph:
+        """As a manifest has it, but for the digest."""
+        return Graph(
+            self.source.role, self.file, "", self.precision, self.source.inputs, self.source.outputs, self.data
+        )
 
     def external(self, folder: Path) -> dict[str, bytes]:
         """Name and content of that file, as `affect_runtimes.onnxruntime.open_bytes` takes it."""
@@ -124,6 +154,12 @@ class Target:
         quantizer: (what the builder wrote, where to, another folder, plan) -> writes the graphs in INT8 into the other.
         calibrated: whether the quantizer wants ranges, and can leave layers in float.
         libraries: distributions whose versions the manifest records.
+        halver: (what the builder wrote, where to, another folder) -> writes the graphs in fp16 into the other.
+        stand_in: (a graph, its bytes) -> what runs it here, with the same rounding, where the engine itself does not
+            run on a workstation. The export holds that to the bounds, and the device the engine.
+        finisher: (model, what is in the bundle's folder, the folder) -> adds what can be built ahead of time, and says
+            for parity.json what came of it; called once the bounds are kept.
+        max_batch: streams in one step that an engine is built for on the device; None where it is not.
     """
 
     name: str
@@ -135,6 +171,12 @@ class Target:
     libraries: tuple[str, ...]
     quantizer: Callable[[list[WrittenGraph], Path, Path, Plan], list[WrittenGraph]] | None = None
     calibrated: bool = True
+    halver: Callable[[list[WrittenGraph], Path, Path], list[WrittenGraph]] | None = None
+    stand_in: Callable[[Graph, bytes], Engine] | None = None
+    finisher: Callable[["AffectModel", list[WrittenGraph], Path], tuple[list[WrittenGraph], dict[str, Any]]] | None = (
+        None
+    )
+    max_batch: int | None = None
 
     def precision(self, asked: str | None) -> str:
         """What was asked for, or the default.

@@ -1,0 +1,204 @@
+"""Engines that a device builds for itself, kept from one start to the next.
+
+An entry is a folder named after a digest of its key. It is written beside its place and moved there with one rename, so
+it is whole or absent; a lock for each entry has two processes build it once. What is read back is hashed first: an
+engine is native code.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from affect_runtimes.errors import DeviceError
+
+__all__ = ["ENVIRONMENT", "EngineCache"]
+
+ENVIRONMENT = "AFFECT_EDGE_CACHE"
+"""Environment variable that names another folder than the default."""
+_DATA, _ENTRY, _VERDICT = "engine", "entry.json", "verdict.json"
+_POLL_S, _SAY_AFTER_S = 0.1, 1.0
+_SPARE_BYTES = 16 << 20
+
+
+class EngineCache:
+    """A folder of built engines.
+
+    Args:
+        root: the folder; None is $AFFECT_EDGE_CACHE, or affect-edge in the user's cache folder ($XDG_CACHE_HOME,
+            ~/.cache). It is made when it is first written to.
+        say: is told what takes long.
+    """
+
+    def __init__(self, root: str | Path | None = None, say: Callable[[str], None] = lambda words: None) -> None:
+        if root is None:
+            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            root = os.environ.get(ENVIRONMENT) or Path(base) / "affect-edge"
+        self.root = Path(root)
+        self._say = say
+
+    def fetch(self, key: Mapping[str, str], make: Callable[[], bytes], room: int) -> tuple[bytes, Path]:
+        """What was kept under a key, or what `make` gives, which is kept from now on.
+
+        Args:
+            key: everything that another engine would have to be built for.
+            make: builds it; called with the entry's lock held.
+            room: bytes that it is likely to take.
+
+        Returns:
+            The engine and its entry.
+
+        Raises:
+            DeviceError: the folder cannot be used, is open to others, or has no room.
+        """
+        entry = self._prepared() / _digest(key)
+        found = _read(entry, key)
+        if found is not None:
+            return found, entry
+        with self._locked(entry):
+            found = _read(entry, key)  # another process has built it meanwhile
+            if found is not None:
+                return found, entry
+            self._clear(entry)
+            free = shutil.disk_usage(self.root).free
+            if free < room + _SPARE_BYTES:
+                raise DeviceError(
+                    _no_room(self.root, f"{free >> 20} MB free, some {(room + _SPARE_BYTES) >> 20} needed")
+                )
+            data = make()
+            self._publish(entry, data, key)
+        return data, entry
+
+    def drop(self, entry: Path) -> None:
+        """Forgets an entry that turned out to be of no use."""
+        with self._locked(entry):
+            self._clear(entry)
+
+    def verdict(self, key: Mapping[str, str]) -> dict[str, Any] | None:
+        """What `keep_verdict` kept under a key, or None."""
+        try:
+            kept = json.loads((self.root / _digest(key) / _VERDICT).read_text())
+        except (OSError, ValueError):
+            return None
+        return (
+            kept["verdict"] if isinstance(kept, dict) and kept.get("key") == dict(key) and "verdict" in kept else None
+        )
+
+    def keep_verdict(self, key: Mapping[str, str], verdict: Mapping[str, Any]) -> None:
+        """Keeps what a device found out about itself, so that it need not again at its next start.
+
+        Raises:
+            DeviceError: see `fetch`.
+        """
+        folder = self._prepared() / _digest(key)
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _write(folder / _VERDICT, json.dumps({"key": dict(key), "verdict": dict(verdict)}, indent=1).encode())
+        except OSError as error:
+            raise _unusable(self.root, error) from None
+
+    def _prepared(self) -> Path:
+        """The folder, made and checked: whoever can write here can run code as this user."""
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self.root.stat()
+        except OSError as error:
+            raise _unusable(self.root, error) from None
+        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise DeviceError(
+                f"{self.root}: built engines are native code, and others can write to this folder (owner "
+                f"{found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}); chmod 700 it as its owner, or name another "
+                f"one in ${ENVIRONMENT}"
+            )
+        return self.root
+
+    @contextlib.contextmanager
+    def _locked(self, entry: Path) -> Iterator[None]:
+        """Holds the entry's lock; the kernel lets go of it when a process dies."""
+        try:
+            file = os.open(entry.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _unusable(self.root, error) from None
+        try:
+            began, told = time.monotonic(), False
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not told and time.monotonic() - began > _SAY_AFTER_S:
+                        self._say("another process builds this engine; waiting for it")
+                        told = True
+                    time.sleep(_POLL_S)
+            yield
+        finally:
+            os.close(file)
+
+    def _clear(self, entry: Path) -> None:
+        """Removes an entry, and what a killed build left of it; the lock is held."""
+        for path in (entry, *self.root.glob(f".{entry.name}.*")):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _publish(self, entry: Path, data: bytes, key: Mapping[str, str]) -> None:
+        described = {"key": dict(key), "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        folder = None
+        try:
+            folder = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{entry.name}."))
+            _write(folder / _DATA, data)
+            _write(folder / _ENTRY, json.dumps(described, indent=1).encode())
+            folder.rename(entry)
+        except OSError as error:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise _unusable(self.root, error) from None
+
+
+def _read(entry: Path, key: Mapping[str, str]) -> bytes | None:
+    """The engine of an entry, or None where there is none, or one that is not what was written."""
+    try:
+        described = json.loads((entry / _ENTRY).read_text())
+        data = (entry / _DATA).read_bytes()
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(described, dict) and described.get("key") == dict(key)
+    return data if whole and hashlib.sha256(data).hexdigest() == described.get("sha256") else None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all, also when the power goes."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _digest(key: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(sorted(key.items()))).encode()).hexdigest()[:32]
+
+
+def _unusable(root: Path, error: OSError) -> DeviceError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DeviceError(_no_room(root, error.strerror or "no space"))
+    return DeviceError(
+        f"{root}: built engines cannot be kept here ({error.strerror or error}); name a folder of your own in "
+        f"${ENVIRONMENT}"
+    )
+
+
+def _no_room(root: Path, found: str) -> str:
+    return f"{root}: no room to keep a built engine ({found}); free some, or name another folder in ${ENVIRONMENT}"
