@@ -165,7 +165,7 @@ def open_here(folder: Path, target: Target) -> BundleModel:
 
 def _beside(graph: WrittenGraph) -> list[str]:
     """The files of a graph beside itself."""
-    return [*(() if graph.data is None else (graph.data,)), *(plan.file for plan in graph.plans)]
+    return [*(() if graph.data is None else (graph.data,)), *(plan.file for plan in graph.plans), *graph.beside]
 
 
 def record(folder: Path, report: GateReport, steps: int, more: dict[str, Any]) -> None:

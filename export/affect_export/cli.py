@@ -343,6 +343,7 @@ def _as_json(result: "ExportResult") -> dict[str, Any]:
 def _print_result(result: "ExportResult") -> None:
     from rich.console import Console
 
+    from affect_export.targets import find_target
     from affect_quantize.gate import LABELS
 
     console = Console()
@@ -377,7 +378,7 @@ def _print_result(result: "ExportResult") -> None:
     place = "dry run: nothing written" if result.path is None else f"written to {result.path}"
     console.print(f"every bound held; {result.precision}; {result.size_bytes / 1e6:.2f} MB; {place}", soft_wrap=True)
     if result.path is not None:
-        console.print(f"on the device: affect-verify {result.path} && affect-bench {result.path}", soft_wrap=True)
+        console.print(find_target(result.target).then.format(path=result.path), soft_wrap=True)
 
 
 def _print_layers(console: Any, quantized: "Quantized") -> None:

@@ -28,6 +28,7 @@ ENGINES = {
     "tensorrt": "affect_runtimes.tensorrt",
 }
 """Engine name in a manifest -> the module whose `create(bundle, graph, threads)` opens it."""
+_SERVERS = {"triton": "its folder models is a repository for Triton: tritonserver --model-repository"}
 
 
 class Engine(Protocol):
@@ -132,6 +133,8 @@ def open_engine(bundle: Bundle, graph: str = "step", threads: int = 1, any_machi
             f"{bundle.path}: is for {' and '.join(arch)}, this machine is {machine()}; export the model for this "
             "machine (affect-export --list-targets)"
         )
+    if name in _SERVERS:
+        raise BundleError(f"{bundle.path}: is not opened on a device; {_SERVERS[name]}")
     if name not in ENGINES:
         raise BundleError(f"{bundle.path}: needs the engine {name!r}; this release runs {', '.join(sorted(ENGINES))}")
     described = bundle.manifest.graph(graph)

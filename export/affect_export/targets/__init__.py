@@ -7,12 +7,14 @@ from affect_export.targets.cpu import CPU, CPU_ARM64
 from affect_export.targets.onnx import ONNX
 from affect_export.targets.tensorrt import DESKTOP_4090, JETSON_ORIN, JETSON_ORIN_NANO
 from affect_export.targets.tflite import TFLITE
+from affect_export.targets.triton import TRITON
 from affect_runtimes.errors import InputError
 
 __all__ = ["TARGETS", "GraphSource", "Plan", "Target", "WrittenGraph", "find_target"]
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (CPU, CPU_ARM64, JETSON_ORIN, JETSON_ORIN_NANO, DESKTOP_4090, TFLITE, ONNX)
+    target.name: target
+    for target in (CPU, CPU_ARM64, JETSON_ORIN, JETSON_ORIN_NANO, DESKTOP_4090, TRITON, TFLITE, ONNX)
 }
 
 

@@ -81,6 +81,7 @@ class WrittenGraph:
         precision: number format by kind of layer.
         data: file with the graph's large tensors, or None where they are in the graph.
         plans: engines built from it ahead of time.
+        beside: further files of the bundle that it needs.
     """
 
     source: GraphSource
@@ -88,13 +89,16 @@ class WrittenGraph:
     precision: dict[str, str]
     data: str | None = None
     plans: tuple[EnginePlan, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def described(self) -> Graph:
         """As a manifest has it, but for the digest."""
-        return Graph(
-            self.source.role, self.file, "", self.precision, self.source.inputs, self.source.outputs, self.data
+        source = self.source
+        takes, gives = (
+            tuple(Tensor(t.name, t.shape, t.dtype) for t in side) for side in (source.inputs, source.outputs)
         )
+        return Graph(source.role, self.file, "", self.precision, takes, gives, self.data)
 
     def external(self, folder: Path) -> dict[str, bytes]:
         """Name and content of that file, as `affect_runtimes.onnxruntime.open_bytes` takes it."""
@@ -160,6 +164,7 @@ class Target:
         finisher: (model, what is in the bundle's folder, the folder) -> adds what can be built ahead of time, and says
             for parity.json what came of it; called once the bounds are kept.
         max_batch: streams in one step that an engine is built for on the device; None where it is not.
+        then: what to do with the bundle, with {path} in it.
     """
 
     name: str
@@ -177,6 +182,7 @@ class Target:
         None
     )
     max_batch: int | None = None
+    then: str = "on the device: affect-verify {path} && affect-bench {path}"
 
     def precision(self, asked: str | None) -> str:
         """What was asked for, or the default.
