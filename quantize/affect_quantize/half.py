@@ -47,10 +47,10 @@ _MOVES = frozenset(
     "Concat Expand Flatten Gather Identity Pad Reshape Slice Split Squeeze Tile Transpose Unsqueeze".split()
 )
 _COMPARE = frozenset("Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual".split())
-# fp32 as soon as one input is.
+# fp32 as soon as one input is. Softmax is among them: what masks an entry in fp32 is infinite in fp16.
 _ELEMENTWISE = frozenset(
     "Abs Add Ceil Clip Cos Div Elu Erf Exp Floor Gelu LeakyRelu Log Max Mean Min Mul Neg PRelu Pow Reciprocal Relu "
-    "Round Sigmoid Sign Sin Softplus Sqrt Sub Sum Tanh Where".split()
+    "Round Sigmoid Sign Sin Softmax Softplus Sqrt Sub Sum Tanh Where".split()
 )
 _SUMS = frozenset({"ReduceL2", "ReduceMax", "ReduceMin", "ReduceSum"})
 _UPDATES = frozenset({"Add", "Mul", "Sub"})

@@ -119,8 +119,9 @@ def quantize_weight(
 
 
 def _half(scale: NDArray[np.floating]) -> NDArray[np.float32]:
-    """The nearest numbers that fp16 holds, none of them 0."""
-    return np.maximum(scale.astype(np.float16), np.finfo(np.float16).smallest_subnormal).astype(np.float32)
+    """The next larger numbers that fp16 holds: by smaller ones, the largest weight would be cut off."""
+    near = scale.astype(np.float16)
+    return np.where(near < scale, np.nextafter(near, np.float16(np.inf)), near).astype(np.float32)
 
 
 def quantize_graph(
