@@ -1,6 +1,6 @@
 """What can be said of the GPU targets without a GPU: sizes of engines, and what fp16 costs in the scan.
 
-    python benchmarks/gpu_engines.py engines [--models A,B] [--gpus 8.6,8.9]
+    python benchmarks/gpu_engines.py engines [--models A,B] [--gpus 8.6,8.9] [--precisions fp16,int8] [--full]
     python benchmarks/gpu_engines.py scan [--steps 100000]
 
 `engines` builds every graph with TensorRT-RTX in fp32, fp16 and INT8, for GPUs that need not be here. `scan` lets the
@@ -23,10 +23,11 @@ from timing import cpu_name
 
 from affect_export import graphs
 from affect_export.calibration import load_calibration, noise_calibration
-from affect_export.models.checkpoint import SHIPPED, load_model
+from affect_export.models import MODELS
+from affect_export.models.checkpoint import SHIPPED, Checkpoint, load_model
 from affect_export.parity_data import clip_inputs, drift_sequence, prepared
 from affect_export.quantization import METHOD
-from affect_export.targets import Plan
+from affect_export.targets import Plan, WrittenGraph
 from affect_export.targets.onnx import write_all
 from affect_export.targets.tensorrt import JETSON_ORIN
 from affect_quantize.half import as_float32, half_graph
@@ -38,37 +39,47 @@ Array = NDArray[Any]
 _STREAMS = 8
 
 
-def engines(rows: list[Row], gpus: list[str]) -> None:
+def engines(rows: list[Row], gpus: list[str], precisions: list[str], full: bool) -> None:
     """Prints a table of sizes and build times."""
     library = find_library([RTX])
     print(f"{library}, for 1 to {_STREAMS} streams, built on {cpu_name()} without a GPU; MB, and s of one build\n")
-    print(f"| model | graph | GPU | {' | '.join(f'{p} ONNX | engine | s' for p in ('fp32', 'fp16', 'INT8'))} |")
-    print(f"|{'---|' * 12}")
-    quantizer, halver = JETSON_ORIN.quantizer, JETSON_ORIN.halver
-    assert quantizer is not None and halver is not None
+    print(f"| model | graph | GPU | {' | '.join(f'{p} ONNX | engine | s' for p in precisions)} |")
+    print(f"|{'---|' * (3 + 3 * len(precisions))}")
     for row in rows:
-        checkpoint = row.load()
+        checkpoint = load_model(row.name.split()[0], preset="full", random_weights=True) if full else row.load()
+        name = f"{row.name.split()[0]} full, random" if full else row.name
         with tempfile.TemporaryDirectory() as scratch:
-            single, half, int8 = (Path(scratch) / name for name in ("fp32", "fp16", "int8"))
-            for folder in (single, half, int8):
-                folder.mkdir()
-            written = write_all(graphs.graph_sources(checkpoint.model), single)
-            halver(written, single, half)
-            if checkpoint.calibration is not None:
-                seen = load_calibration(checkpoint.calibration, checkpoint.sha256)
-            else:
-                seen = noise_calibration(checkpoint, written, single)
-            quantizer(written, single, int8, Plan(seen.ranges[METHOD], seen.means))
-            for graph in written:
+            for precision in ("fp32", *precisions):
+                (Path(scratch) / precision).mkdir(exist_ok=True)
+            floats = write_all(graphs.graph_sources(checkpoint.model), Path(scratch) / "fp32")
+            written = {p: _written(checkpoint, floats, p, Path(scratch)) for p in precisions}
+            for number, graph in enumerate(floats):
                 for gpu in gpus:
                     cells = []
-                    for folder in (single, half, int8):
-                        data = (folder / graph.file).read_bytes()
+                    for precision in precisions:
+                        made = written[precision][number]
+                        data = (Path(scratch) / precision / made.file).read_bytes()
                         began = time.perf_counter()
-                        engine = build_engine(library, graph.described, data, _STREAMS, gpu)
+                        engine = build_engine(library, made.described, data, _STREAMS, gpu)
                         spent = time.perf_counter() - began
                         cells += [f"{len(data) / 1e6:.2f}", f"{len(engine) / 1e6:.2f}", f"{spent:.1f}"]
-                    print(f"| {row.name} | {graph.source.role} | {gpu} | {' | '.join(cells)} |", flush=True)
+                    print(f"| {name} | {graph.source.role} | {gpu} | {' | '.join(cells)} |", flush=True)
+
+
+def _written(checkpoint: Checkpoint, floats: list[WrittenGraph], precision: str, scratch: Path) -> list[WrittenGraph]:
+    """The graphs of a precision, in a folder of its name."""
+    source, folder = scratch / "fp32", scratch / precision
+    if precision == "fp32":
+        return floats
+    if precision == "fp16":
+        assert JETSON_ORIN.halver is not None
+        return JETSON_ORIN.halver(floats, source, folder)
+    assert JETSON_ORIN.quantizer is not None
+    if checkpoint.calibration is not None:
+        seen = load_calibration(checkpoint.calibration, checkpoint.sha256)
+    else:
+        seen = noise_calibration(checkpoint, floats, source)
+    return JETSON_ORIN.quantizer(floats, source, folder, Plan(seen.ranges[METHOD], seen.means))
 
 
 def scan(steps: int) -> None:
@@ -129,15 +140,20 @@ def _roll(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", choices=["engines", "scan"])
-    parser.add_argument("--models", help="names of the table's rows, with commas between; default: all")
+    parser.add_argument("--models", help="with commas between; default: all")
     parser.add_argument("--gpus", default="8.6,8.9", help="compute capabilities (default 8.6,8.9)")
+    parser.add_argument("--precisions", default="fp32,fp16,int8", help="default fp32,fp16,int8")
+    parser.add_argument("--full", action="store_true", help="the published sizes, with random weights: gigabytes")
     parser.add_argument("--steps", type=int, default=100_000)
     arguments = parser.parse_args()
     if arguments.what == "scan":
         scan(arguments.steps)
         return
     wanted = None if arguments.models is None else set(arguments.models.split(","))
-    engines([r for r in ROWS if wanted is None or r.name in wanted], arguments.gpus.split(","))
+    rows = [r for r in ROWS if wanted is None or r.name.split()[0] in wanted]
+    if arguments.full:  # whatever its weights, a model has one full size
+        rows = list({r.name.split()[0]: r for r in rows if r.name.split()[0] in MODELS}.values())
+    engines(rows, arguments.gpus.split(","), arguments.precisions.split(","), arguments.full)
 
 
 if __name__ == "__main__":

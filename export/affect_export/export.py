@@ -138,7 +138,10 @@ def export_model(
     Raises:
         InputError: see `check_output_folder`; a precision that the target lacks; INT8 without a calibration.
         ParityError: a bound was missed; nothing is left behind.
+        MissingDependencyError: a library that the target's engines are built with.
     """
+    if target.ready is not None:
+        target.ready(checkpoint.model)
     precision = target.precision(precision)
     bounds = target.bounds[precision] if bounds is None else bounds
     check_output_folder(output, force)

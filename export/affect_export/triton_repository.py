@@ -29,6 +29,7 @@ __all__ = [
     "MODEL_FILES",
     "Serving",
     "Signature",
+    "check_states",
     "repository_files",
     "serving_step",
     "shape_profile",
@@ -135,7 +136,7 @@ def serving_step(model: "onnx.ModelProto", states: Sequence[StateTensor]) -> "on
     """
     import onnx
 
-    kept = _kept(states)
+    kept = check_states(states)
     served = onnx.ModelProto()
     served.CopyFrom(model)
     _check_step(served, kept)
@@ -176,7 +177,7 @@ def repository_files(
     serving = Serving() if serving is None else serving
     if not _NAME.fullmatch(name):
         raise InputError(f"model name {name!r}: expected letters, digits, '_', '-' and '.', a letter or digit first")
-    kept = _kept(states)
+    kept = check_states(states)
     _check_join(encoder, step, kept)
     parts = (
         (f"{name}_encoder", _encoder_config(f"{name}_encoder", encoder, serving)),
@@ -211,7 +212,7 @@ def shape_profile(tensors: Iterable[tuple[str, Sequence[int]]], batch: int) -> s
 # The graph
 
 
-def _kept(states: Sequence[StateTensor]) -> list[StateTensor]:
+def check_states(states: Sequence[StateTensor]) -> list[StateTensor]:
     """The states, if they all can be Triton's.
 
     Raises:

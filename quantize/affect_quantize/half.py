@@ -30,6 +30,7 @@ __all__ = ["LARGEST", "as_float32", "half_graph", "value_types"]
 LARGEST = 65504.0
 """Of finite fp16 numbers. Source: IEEE 754-2019, binary16."""
 _SMALLEST = 2.0**-24
+_MASK = float(np.finfo(np.float32).max)
 # Stay fp32 whatever comes in.
 _SINGLE_OPS = frozenset({"CumSum", "GlobalAveragePool", "InstanceNormalization", "Pow", "ReduceMean"})
 _DELTA = frozenset({"Softplus"})
@@ -195,7 +196,9 @@ class _Converter:
         copy = f"{name}.half"
         if (name, kind) not in self.made:
             self.made[name, kind] = copy
-            values = np.asarray(self.constants[name], np.float16)
+            exact = self.constants[name]
+            # What masks is the largest number that there is.
+            values = np.where(np.abs(exact) == _MASK, np.clip(exact, -LARGEST, LARGEST), exact).astype(np.float16)
             self.graph.initializer.append(numpy_helper.from_array(values, copy))
         return copy
 
@@ -320,7 +323,7 @@ def _reads(node: NodeProto) -> list[str]:
 
 def _fits(constant: NDArray[Any]) -> bool:
     """Whether fp16 can hold a constant: nothing beyond its range, and not all so small that it becomes 0."""
-    size = np.abs(constant[constant != 0])
+    size = np.abs(constant[(constant != 0) & (np.abs(constant) < _MASK)])
     return size.size == 0 or bool(size.max() <= LARGEST and size.max() >= _SMALLEST)
 
 

@@ -165,6 +165,8 @@ class Target:
             for parity.json what came of it; called once the bounds are kept.
         max_batch: streams in one step that an engine is built for on the device; None where it is not.
         then: what to do with the bundle, with {path} in it.
+        ready: raises where a library is missing that the export would want only at its end, or the model cannot go
+            there; called first.
     """
 
     name: str
@@ -183,6 +185,7 @@ class Target:
     )
     max_batch: int | None = None
     then: str = "on the device: affect-verify {path} && affect-bench {path}"
+    ready: Callable[["AffectModel"], object] | None = None
 
     def precision(self, asked: str | None) -> str:
         """What was asked for, or the default.

@@ -23,7 +23,7 @@ from affect_runtimes.tensorrt.library import RTX, Library, build_engine, find_li
 if TYPE_CHECKING:
     from affect_export.models.base import AffectModel
 
-__all__ = ["DESKTOP_4090", "JETSON_ORIN", "JETSON_ORIN_NANO", "Walk", "build", "run_in_place", "walk", "widened"]
+__all__ = ["DESKTOP_4090", "JETSON_ORIN", "JETSON_ORIN_NANO", "Walk", "build", "rtx", "run_in_place", "walk", "widened"]
 
 HALF, SCAN = "float16", "float16, with float32 for state, delta and decay"
 _RTX = "pip install 'affect-edge[rtx]'"
@@ -169,6 +169,21 @@ def walk(library: Library, graph: Graph, data: bytes) -> Walk:
     )
 
 
+def rtx() -> Library:
+    """TensorRT-RTX, which needs no GPU to build.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        return find_library([RTX])
+    except MissingDependencyError as error:
+        reason = str(error).partition(";")[0]
+        raise MissingDependencyError(
+            f"engines for this target are built with TensorRT-RTX: {_RTX} ({reason})"
+        ) from None
+
+
 def build(
     model: "AffectModel", written: list[WrittenGraph], folder: Path, *, gpu: str, keep: bool, most: int
 ) -> tuple[list[WrittenGraph], dict[str, Any]]:
@@ -190,12 +205,10 @@ def build(
         AffectError: it refuses a graph, or makes other layers of it than stated.
     """
     try:
-        library = find_library([RTX])
-    except MissingDependencyError as error:
+        library = rtx()
+    except MissingDependencyError:
         if keep:
-            raise MissingDependencyError(
-                f"engines for this target are built with TensorRT-RTX: {_RTX} ({error})"
-            ) from None
+            raise
         return written, {"tensorrt": f"not tried here: {_RTX}, and the export also parses and builds the graphs"}
     made, told = [], {}
     for graph in written:
@@ -240,5 +253,6 @@ DESKTOP_4090 = replace(
     summary="TensorRT-RTX with its engine for the RTX 4090 built here, or TensorRT; INT8 with the scan in fp16",
     arch=("x86_64",),
     finisher=partial(build, gpu="8.9", keep=True, most=16),
+    ready=lambda model: rtx(),
     max_batch=16,
 )

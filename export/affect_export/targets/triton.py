@@ -19,6 +19,7 @@ from affect_export.triton_repository import (
     CONTROLS,
     MODEL_FILES,
     Serving,
+    check_states,
     repository_files,
     serving_step,
     version_folder,
@@ -131,5 +132,6 @@ TRITON = replace(
     stand_in=_stand_in,
     finisher=partial(serve, serving=Serving()),
     max_batch=None,
+    ready=lambda model: check_states(model.all_states()),
     then="on the server: tritonserver --model-repository {path}/models",
 )
