@@ -108,6 +108,7 @@ test-full-size: install-dev ## the five systems exported at full size, one after
 
 check: lint ## lint, types and the import rule
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 --no-warn-return-any sdk runtimes demos
 	$(BIN)/lint-imports
 
 lint: install-dev ## style of Python and C++, nothing changed

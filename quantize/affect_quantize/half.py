@@ -30,6 +30,7 @@ __all__ = ["LARGEST", "as_float32", "half_graph", "value_types"]
 LARGEST = 65504.0
 """Of finite fp16 numbers. Source: IEEE 754-2019, binary16."""
 _SMALLEST = 2.0**-24
+_LARGE = 1 << 20  # bytes
 _MASK = float(np.finfo(np.float32).max)
 # Stay fp32 whatever comes in.
 _SINGLE_OPS = frozenset({"CumSum", "GlobalAveragePool", "InstanceNormalization", "Pow", "ReduceMean"})
@@ -245,7 +246,11 @@ def _widen(graph: GraphProto, outer: Mapping[str, int]) -> None:
     types = value_types(graph, outer)
     nodes = []
     for tensor in graph.initializer:
-        if tensor.data_type == _HALF:
+        if tensor.data_type == _HALF and len(tensor.raw_data) > _LARGE:
+            # Twice as large, the weights of the largest models would not fit into one file.
+            nodes.append(helper.make_node("Cast", [f"{tensor.name}.stored"], [tensor.name], to=_SINGLE))
+            tensor.name = f"{tensor.name}.stored"
+        elif tensor.data_type == _HALF:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == _HALF:

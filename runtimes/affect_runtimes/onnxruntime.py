@@ -18,6 +18,9 @@ __all__ = ["INT8", "INT8_SEVEN_BIT_WEIGHTS", "OnnxRuntimeEngine", "create", "ope
 INT8, INT8_SEVEN_BIT_WEIGHTS = "int8", "int8 with 7-bit weights"
 """Number formats in a manifest's table of precisions."""
 
+_EXTERNAL_SINCE = (1, 24)
+_EXTERNAL = b"\x0a\x08location"
+"""How a graph names a file of weights: protobuf's key 1, eight characters, the one key that every such entry has."""
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int8)": "int8"}
 
 
@@ -43,6 +46,14 @@ def _session(file: str, data: bytes, external: Mapping[str, bytes], threads: int
         import onnxruntime as ort
     except ImportError as error:
         raise MissingDependencyError(f"this bundle runs on ONNX Runtime: pip install onnxruntime ({error})") from None
+    if tuple(int(part) for part in ort.__version__.split(".")[:2]) < _EXTERNAL_SINCE and (
+        external or _EXTERNAL in data
+    ):
+        # It would read them from the working directory: bytes that nobody hashed.
+        raise BundleError(
+            f"{file}: has weights outside the graph; ONNX Runtime {ort.__version__} takes none from memory: install "
+            f"onnxruntime {'.'.join(map(str, _EXTERNAL_SINCE))} or later, for which Python 3.11 is needed"
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def measure(bundle: str | Path, settings: BenchSettings | None = None, frame: Fr
     return {
         "schema": SCHEMA,
         "made_by": MADE_BY,
-        "date_utc": datetime.now(UTC).date().isoformat(),
+        "date_utc": datetime.now(timezone.utc).date().isoformat(),
         "bundle": _about(model),
         "machine": machine | {"engine": manifest.engine, "engine_version": engine_version(manifest.engine)},
         "warnings": warnings(machine),

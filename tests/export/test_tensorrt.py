@@ -187,7 +187,7 @@ def test_without_tensorrt_rtx(checkpoint: Checkpoint, tmp_path: Path, monkeypatc
 def test_a_graph_that_is_too_large_is_refused(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("affect_export.targets.tensorrt.EXTERNAL_ABOVE", 1000)
+    monkeypatch.setattr("affect_export.targets.tensorrt._MOST_BYTES", 1000)
     with pytest.raises(InputError, match="holds its own weights"):
         export_model(checkpoint, JETSON_ORIN, tmp_path / "out", precision="fp16")
     assert not list(tmp_path.iterdir())

@@ -267,6 +267,19 @@ def test_scales_that_fp16_holds(size: float) -> None:
     assert (np.abs(codes * scale[:, None] - weight).max(1) <= scale * 0.5001).all()
 
 
+def test_large_weights_are_not_stored_twice_as_large() -> None:
+    wide = np.random.default_rng(0).normal(size=(4, 400_000)).astype(np.float32)
+    model = graph([("MatMul", ["x", "w"], "v"), ("MatMul", ["v", "z"], "y")], ["x"], ["y"], w=wide, z=wide.T.copy())
+    made = half_graph(model)
+    widened = as_float32(made)
+    assert len(widened.SerializeToString()) < 1.01 * len(made.SerializeToString())
+    x = np.full((2, 4), 2.0**-8, np.float32)
+    exact = ((x @ wide.astype(np.float16).astype(np.float32)).astype(np.float16).astype(np.float32)) @ wide.T.astype(
+        np.float16
+    ).astype(np.float32)
+    np.testing.assert_allclose(run(widened, {"x": x})["y"], exact, rtol=2e-3)
+
+
 def test_graphs_with_half_scales_say_so(tmp_path: Path) -> None:
     model = written("student", tmp_path)["step"]
     ranges = {layer.name: {end: (-3.0, 3.0) for end in observed(layer)} for layer in find_layers(model)}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affect_export.targets.base import FP16_BOUNDS, INT8_BOUNDS, Plan, Target, WrittenGraph
-from affect_export.targets.onnx import EXTERNAL_ABOVE, ONNX, write_all
+from affect_export.targets.onnx import ONNX, write_all
 from affect_runtimes.errors import AffectError, InputError, MissingDependencyError
 from affect_runtimes.manifest import EnginePlan, Graph
 from affect_runtimes.onnxruntime import INT8, OnnxRuntimeEngine
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 __all__ = ["DESKTOP_4090", "JETSON_ORIN", "JETSON_ORIN_NANO", "Walk", "build", "rtx", "run_in_place", "walk", "widened"]
 
 HALF, SCAN = "float16", "float16, with float32 for state, delta and decay"
+_MOST_BYTES = (1 << 31) - (1 << 20)  # where protobuf ends
 _RTX = "pip install 'affect-edge[rtx]'"
 
 
 def _write(graph: WrittenGraph, model: Any, folder: Path, formats: Mapping[str, str]) -> WrittenGraph:
     data = model.SerializeToString(deterministic=True)
-    if len(data) > EXTERNAL_ABOVE:
+    if len(data) > _MOST_BYTES:
         raise InputError(
-            f"{graph.source.role}: {len(data) >> 20} MiB in fp16; a graph for TensorRT holds its own weights, at most "
-            f"{EXTERNAL_ABOVE >> 20} MiB"
+            f"{graph.source.role}: {len(data) >> 20} MiB; a graph for TensorRT holds its own weights, at most "
+            f"{_MOST_BYTES >> 20} MiB"
         )
     (folder / graph.file).write_bytes(data)
     precision = {layer: SCAN if layer == "scan" else HALF for layer in graph.precision}

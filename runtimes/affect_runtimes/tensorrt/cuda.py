@@ -257,14 +257,10 @@ def cuda_words(version: int) -> str:
 def _bindings() -> Any:
     try:
         from cuda.bindings import driver
-    except ImportError:
-        try:
-            from cuda import cuda as driver  # what releases before 12.8 called it
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"a bundle for TensorRT needs NVIDIA's bindings of the driver: pip install 'affect-edge[tensorrt]' "
-                f"({error})"
-            ) from None
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"a bundle for TensorRT needs NVIDIA's bindings of the driver: pip install 'affect-edge[tensorrt]' ({error})"
+        ) from None
     return driver
 
 
