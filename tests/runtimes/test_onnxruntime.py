@@ -36,11 +36,9 @@ def test_weights_that_nobody_hashed_are_never_read(tmp_path: Path, monkeypatch: 
     # Older releases, the last for Python 3.10 among them, do read such files. They are given no graph that has any.
     monkeypatch.setattr("onnxruntime.__version__", "1.23.2")
     for stated, external in ((described, None), (replace(described, data="w.bin"), raw)):
-        with pytest.raises(
-            BundleError, match=r"weights outside the graph; ONNX Runtime 1\.23\.2 .*install onnxruntime 1\.24"
-        ):
+        with pytest.raises(BundleError, match=r"weights outside the graph; ONNX Runtime 1\.23\.2 .*1\.24 or later"):
             OnnxRuntimeEngine(stated, data, external, 1)
     inside = numpy_helper.from_array(np.full(400, 2.0, np.float32), "w")
     graph = helper.make_graph([helper.make_node("Mul", ["x", "w"], ["y"])], "g", [x], [y], [inside])
     data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
-    assert OnnxRuntimeEngine(described, data, None, 1)
+    OnnxRuntimeEngine(described, data, None, 1)
