@@ -20,8 +20,13 @@ def verify_main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="affect-verify", description=verify_main.__doc__)
     parser.add_argument("bundle", nargs="?", default=SHIPPED, help="folder of the bundle; default: the shipped student")
     parser.add_argument("--threads", type=int, default=1, help="for each engine (default 1)")
+    parser.add_argument(
+        "--trtexec", action="store_true", help="of a bundle for TensorRT: print the commands of trtexec, and stop"
+    )
     arguments = parser.parse_args(argv)
     try:
+        if arguments.trtexec:
+            return _print_trtexec(arguments.bundle)
         model = BundleModel(arguments.bundle, arguments.threads)
         figures = replay_here(model)
     except AffectError as error:
@@ -35,6 +40,20 @@ def verify_main(argv: list[str] | None = None) -> int:
     for figure in figures:
         print(f"  {figure}")
     print(f"verified: {model.engine_words} ({machine()}) is the exported model, within its bounds")
+    return 0
+
+
+def _print_trtexec(path: str) -> int:
+    from affect_runtimes.bundle import Bundle
+    from affect_runtimes.errors import InputError
+    from affect_runtimes.tensorrt.library import trtexec
+
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    if manifest.engine != "tensorrt":
+        raise InputError(f"--trtexec: {path} is for {manifest.engine}, not for TensorRT")
+    for graph in manifest.graphs:
+        print(trtexec(graph, str(bundle.path / graph.file), manifest.max_batch))
     return 0
 
 

@@ -21,6 +21,7 @@ from affect_export.export import export_model
 from affect_export.models.checkpoint import Checkpoint
 from affect_export.targets import TARGETS, WrittenGraph
 from affect_runtimes import base, tensorrt, verify
+from affect_runtimes.bundle import Bundle
 from affect_runtimes.cache import ENVIRONMENT
 from affect_runtimes.errors import BundleError, DeviceError, IntegrityError, MissingDependencyError, ParityError
 from affect_runtimes.manifest import EnginePlan, to_text
@@ -340,6 +341,19 @@ def test_the_command_says_what_runs(trt: Any, bundle: Path, capsys: pytest.Captu
     trt.wrong = 0.5
     assert verify_main([str(bundle)]) == 1
     assert "is not the exported model" in capsys.readouterr().err
+
+
+def test_the_command_prints_those_of_trtexec(bundle: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_main([str(bundle), "--trtexec"]) == 0  # without a GPU, or anything of NVIDIA's
+    encoder, step = capsys.readouterr().out.splitlines()
+    assert encoder.startswith(f"trtexec --onnx={bundle}/encoder.onnx --stronglyTyped --minShapes=frame:1x3x112x112 ")
+    found = dict(part.removeprefix("--").split("=", 1) for part in step.split()[1:] if "=" in part)
+    manifest = Bundle.open(bundle).manifest
+    for name, batch in (("minShapes", 1), ("optShapes", 1), ("maxShapes", 3)):
+        shapes = dict(each.split(":") for each in found[name].split(","))
+        assert shapes == {t.name: "x".join(map(str, t.sized(batch))) for t in manifest.graph("step").inputs}
+    assert verify_main([str(exported), "--trtexec"]) == 1
+    assert "is for onnxruntime, not for TensorRT" in capsys.readouterr().err
 
 
 def test_progress_is_shown_on_a_terminal(

@@ -259,7 +259,7 @@ def _bindings() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise MissingDependencyError(
-            f"a bundle for TensorRT needs NVIDIA's bindings of the driver: pip install 'affect-edge[tensorrt]' ({error})"
+            f"a bundle for TensorRT needs NVIDIA's bindings: pip install 'affect-edge[tensorrt]' ({error})"
         ) from None
     return driver
 

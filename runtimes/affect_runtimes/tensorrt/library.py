@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from affect_runtimes.errors import BundleError, DeviceError, MissingDependencyError
 from affect_runtimes.manifest import Graph
 
-__all__ = ["FULL", "RTX", "Library", "build_engine", "find_library", "parse", "wants_cuda"]
+__all__ = ["FULL", "RTX", "Library", "build_engine", "find_library", "parse", "trtexec", "wants_cuda"]
 
 FULL, RTX = "tensorrt", "tensorrt_rtx"
 """Modules: TensorRT, as JetPack has it, and TensorRT for RTX, which also builds without a GPU."""
@@ -159,6 +160,26 @@ def build_engine(
     if plan is None:
         raise BundleError(f"{graph.file}: {library} cannot build it: {said.words()}")
     return bytes(plan)
+
+
+def trtexec(graph: Graph, file: str, most: int) -> str:
+    """The command of NVIDIA's trtexec that builds the same engine; for timing and profiles, not for loading here.
+
+    Args:
+        graph: what the manifest says of it.
+        file: where the ONNX graph is.
+        most: streams in one step.
+    """
+
+    def shapes(batch: int) -> str:
+        return ",".join(f"{t.name}:{'x'.join(map(str, t.sized(batch)))}" for t in graph.inputs)
+
+    parts = [
+        f"--onnx={file}",
+        "--stronglyTyped",
+        *(f"--{k}Shapes={shapes(n)}" for k, n in (("min", 1), ("opt", 1), ("max", most))),
+    ]
+    return " ".join(["trtexec", *map(shlex.quote, [*parts, f"--saveEngine={graph.role}.engine"])])
 
 
 def _monitor(trt: Any, what: str, say: Callable[[str], None]) -> Any:
