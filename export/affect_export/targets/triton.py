@@ -17,7 +17,6 @@ from affect_export.targets.base import WrittenGraph
 from affect_export.targets.tensorrt import JETSON_ORIN, run_in_place, widened
 from affect_export.triton_repository import (
     CONTROLS,
-    MODEL_FILES,
     Serving,
     check_states,
     repository_files,
@@ -35,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["FOLDER", "TRITON", "ServedStep"]
 
 Array = NDArray[Any]
-FOLDER = "models"
-"""Of the repository, in the bundle."""
+FOLDER, GRAPH = "models", "model.onnx"
+"""Of the repository, in the bundle; of a graph in its version folder, also where the server wants a plan made of it."""
 
 
 class ServedStep(GraphEngine):
@@ -115,7 +114,7 @@ def serve(
         data = onnx.load(folder / graph.file)
         if graph.source.role == "step":
             data = serving_step(data, states)
-        file = f"{FOLDER}/{version_folder(name, graph.source.role)}/{MODEL_FILES[serving.backend]}"
+        file = f"{FOLDER}/{version_folder(name, graph.source.role)}/{GRAPH}"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(data.SerializeToString(deterministic=True))
         (folder / graph.file).unlink()
