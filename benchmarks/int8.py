@@ -3,13 +3,15 @@
     python benchmarks/int8.py [--repeats 1000] [--ferplus F --detector F --cache F]
 
 All graphs run in this one process on one thread, taking turns, so that a slow moment of the machine hits all of them;
-the ratio is what carries over to another machine. LiteRT is among them where litert-torch is installed. With FER+, the
-accuracy on its validation part (public test split), which nothing here was calibrated on.
+the ratio is what carries over to another machine. LiteRT is among them where litert-torch is installed. The graphs for
+GPUs are compared, not timed. With FER+, the accuracy on its validation part (public test split), which nothing here was
+calibrated on.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ import torch
 from timing import machine, taking_turns
 
 from affect_export import graphs
-from affect_export.assembly import Verification, assemble
+from affect_export.assembly import Verification, assemble, open_here
 from affect_export.calibration import load_calibration
+from affect_export.export import export_model
 from affect_export.models.checkpoint import SHIPPED, Checkpoint, load_model
 from affect_export.models.student import Student
 from affect_export.parity_data import carphone_crops, parity_sequences
@@ -88,6 +91,11 @@ def main() -> None:
         except MissingDependencyError as error:
             print(f"left out: {error}")
         _speed({k: v for k, v in bundles.items() if "INT8, " not in k or k.endswith(METHOD)}, a.repeats)
+        # What the gate lets go to a GPU, in what stands in for it here: how fast that is says nothing.
+        gpu = replace(TARGETS["jetson-orin"], finisher=None)
+        for precision in gpu.bounds:
+            export_model(checkpoint, gpu, folder / f"gpu-{precision}", precision=precision)
+            bundles[f"TensorRT {precision}, stand-in"] = open_here(folder / f"gpu-{precision}", gpu)
         _parity(checkpoint, bundles)
         if a.ferplus is not None:
             _accuracy(model, bundles, data.load_ferplus(a.ferplus, a.detector, a.cache)[0])

@@ -6,6 +6,7 @@ Every value gets a type by where it comes from:
 - Carried states stay fp32, and so do the sums and products by which one becomes the next; so do `softplus`, which
   overflows in fp16 above 11, and long means, where fp16 loses the small parts of a large sum.
 - Sums and products of an fp32 value are fp32, as in any language that has both; a sum over an axis gives fp16 again.
+- What squashes a value into an output of the graph (sigmoid, softmax, tanh) is fp32: near 1, fp16 has steps of 0.0005.
 - A constant that fp16 cannot hold keeps the node that reads it in fp32.
 - Inputs and outputs of the graph are fp32, so that no caller needs to know of any of this.
 
@@ -55,6 +56,7 @@ _ELEMENTWISE = frozenset(
     "Round Sigmoid Sign Sin Softmax Softplus Sqrt Sub Sum Tanh Where".split()
 )
 _SUMS = frozenset({"ReduceL2", "ReduceMax", "ReduceMin", "ReduceSum"})
+_SQUASHES = frozenset({"Clip", "Sigmoid", "Softmax", "Tanh"})
 _UPDATES = frozenset({"Add", "Mul", "Sub"})
 # Inputs that are numbers of another kind: sizes, not values.
 _UNTYPED = {"Resize": {1, 2}}
@@ -78,7 +80,9 @@ def half_graph(model: ModelProto, *, single_delta: bool = True) -> ModelProto:
     states = [(i.name, f"next_{i.name}") for i in graph.input if f"next_{i.name}" in results]
     carried = {*(name for name, _ in states), *(("dt",) if single_delta else ())}
     wanted = {i.name: _SINGLE if i.name in carried else _HALF for i in graph.input if _is_single(i)}
-    _Converter(graph, _SINGLE_OPS | (_DELTA if single_delta else frozenset()), states).convert(wanted, results)
+    converter = _Converter(graph, _SINGLE_OPS | (_DELTA if single_delta else frozenset()), states)
+    converter.exact |= _ends(graph, results - {following for _, following in states})
+    converter.convert(wanted, results)
     return made
 
 
@@ -96,7 +100,7 @@ class _Converter:
         self.own = {i.name: numpy_helper.to_array(i) for i in graph.initializer if i.data_type == _SINGLE}
         # Constants of the graph around a body are read from inside of it.
         self.constants = {**(outer or {}), **self.own}
-        self.update = _update_path(graph, states)
+        self.exact = set(_update_path(graph, states))
         self.types: dict[str, int] = {i.name: i.data_type for i in graph.initializer}
         self.nodes: list[NodeProto] = []
         self.made: dict[tuple[str, int], str] = {}
@@ -146,7 +150,7 @@ class _Converter:
             chosen = self._chosen(node, number, [node.input[place] for place in places])
             for place in places:
                 node.input[place] = self._as(node.input[place], chosen)
-            if kind in _SUMS and chosen == _SINGLE and number not in self.update and not self.inside:
+            if kind in _SUMS and chosen == _SINGLE and number not in self.exact and not self.inside:
                 (result,) = node.output
                 node.output[0] = self.made[result, _SINGLE] = f"{result}.single"
                 self._keep(node, _SINGLE)
@@ -156,7 +160,7 @@ class _Converter:
 
     def _chosen(self, node: NodeProto, number: int, names: Sequence[str]) -> int:
         """The type that a node reckons in."""
-        if number in self.update or node.op_type in self.single_ops:
+        if number in self.exact or node.op_type in self.single_ops:
             return _SINGLE
         if any(not _fits(self.constants[name]) for name in names if name in self.constants):
             return _SINGLE
@@ -358,6 +362,18 @@ def _update_path(graph: GraphProto, states: Iterable[tuple[str, str]]) -> frozen
         if any(graph.node[number].op_type in _UPDATES for number in found):
             path |= found
     return frozenset(path)
+
+
+def _ends(graph: GraphProto, results: Collection[str]) -> set[int]:
+    """The nodes that squash values into outputs, by number, and those that only move such values on."""
+    maker = {name: number for number, node in enumerate(graph.node) for name in node.output}
+    among = {number for number, node in enumerate(graph.node) if node.op_type in _MOVES | _SQUASHES}
+    found: set[int] = set()
+    for result in results:
+        path = _behind(graph, maker, result, among)
+        if any(graph.node[number].op_type in _SQUASHES for number in path):
+            found |= path
+    return found
 
 
 def _behind(graph: GraphProto, maker: Mapping[str, int], value: str, among: Collection[int]) -> set[int]:

@@ -102,10 +102,13 @@ def test_a_scan_is_fp16_but_for_state_delta_and_decay(tmp_path: Path, rtx: Libra
     by_kind: dict[str, set[Any]] = {}
     for node in model.graph.node:
         by_kind.setdefault(node.op_type, set()).add(types[node.output[0]])
-    assert by_kind["Gemm"] == by_kind["LayerNormalization"] == by_kind["Tanh"] == {trt.float16}
-    assert by_kind["Softplus"] == by_kind["Exp"] == {trt.float32}
-    # Gates, the signal, B and C, and what is read out of the state.
-    assert by_kind["Split"] == by_kind["Sigmoid"] == {trt.float16}
+    assert by_kind["Gemm"] == by_kind["LayerNormalization"] == by_kind["Split"] == {trt.float16}
+    assert by_kind["Softplus"] == by_kind["Exp"] == by_kind["Tanh"] == by_kind["Softmax"] == {trt.float32}
+    # Gates are fp16, and outputs fp32.
+    multiplied = {name for node in model.graph.node if node.op_type == "Mul" for name in node.input}
+    for node in model.graph.node:
+        if node.op_type == "Sigmoid":
+            assert types[node.output[0]] == (trt.float16 if node.output[0] in multiplied else trt.float32)
     del builder, kept
 
 

@@ -296,3 +296,18 @@ def test_graphs_with_half_scales_say_so(tmp_path: Path) -> None:
         n for n in pairs if n.op_type == "DequantizeLinear" and constants.get(n.input[0], zero).dtype == np.int32
     ]
     assert ort.InferenceSession(as_float32(made).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_an_output_is_squashed_in_fp32() -> None:
+    """Near 1, fp16 has steps of 0.0005: a face that is surely there would always be as sure."""
+    model = graph(
+        [("MatMul", ["x", "w"], "u"), ("Sigmoid", ["u"], "y"), ("Tanh", ["u"], "t"), ("MatMul", ["t", "w"], "z")],
+        ["x"],
+        ["y", "z"],
+        w=EYE,
+    )
+    made = half_graph(model)
+    found = types(made)
+    assert found["u"] == found["t"] == HALF
+    x = np.array([[8.0, 9.0, 10.0, 12.0]], np.float32)
+    np.testing.assert_allclose(run(as_float32(made), {"x": x})["y"], 1 / (1 + np.exp(-x)), rtol=1e-6)
