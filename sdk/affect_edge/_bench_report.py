@@ -50,7 +50,7 @@ def as_table(report: Report) -> str:
         f"{precision}",
         *([] if bundle["trained"] else ["RANDOM WEIGHTS: never trained, the outputs mean nothing"]),
         f"{machine['cpu']}{board}, {machine['arch']}, {machine['cores']} cores, {machine['os']}, "
-        f"Python {machine['python']}, {machine['engine']} {machine['engine_version']}",
+        f"Python {machine['python']}, {_engine(machine)}",
         *(f"warning: {warning}" for warning in report["warnings"]),
         f"{settings['threads']} thread{'s' * (settings['threads'] > 1)} an engine, batch {settings['batch']}, "
         f"{settings['repeats']} repeats after {settings['warmup']} for warming up",
@@ -129,3 +129,9 @@ def write_report(report: Report, path: Path, force: bool = False) -> None:
         raise InputError(f"{path}: cannot be written ({error})") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def _engine(machine: Mapping[str, Any]) -> str:
+    """The engine and its version; where no package of its name says one, what really ran."""
+    known = machine["engine_version"] != "unknown"
+    return f"{machine['engine']} {machine['engine_version']}" if known else str(machine["engine_runs"])

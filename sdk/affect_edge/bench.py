@@ -171,7 +171,12 @@ def measure(bundle: str | Path, settings: BenchSettings | None = None, frame: Fr
         "made_by": MADE_BY,
         "date_utc": datetime.now(timezone.utc).date().isoformat(),
         "bundle": _about(model),
-        "machine": machine | {"engine": manifest.engine, "engine_version": engine_version(manifest.engine)},
+        "machine": machine
+        | {
+            "engine": manifest.engine,
+            "engine_version": engine_version(manifest.engine),
+            "engine_runs": model.engine_words,
+        },
         "warnings": warnings(machine),
         "settings": asdict(settings),
         "frame": picture,

@@ -15,6 +15,7 @@ from fake_cuda import FakeDriver, has_driver, real
 from fake_tensorrt import STUBS, fake_tensorrt, signatures
 from numpy.typing import NDArray
 
+from affect_edge import Recognizer, bench
 from affect_edge.cli import verify_main
 from affect_export.assembly import open_here
 from affect_export.export import export_model
@@ -162,6 +163,32 @@ def test_faces_side_by_side_stay_on_the_device(
     same(found, said)
 
 
+def test_a_recognizer_runs_on_it(trt: Any, driver: FakeDriver, bundle: Path, reference: BundleModel) -> None:
+    recognizer = Recognizer(bundle)
+    rng = np.random.default_rng(0)
+    states = [recognizer.initial_state() for _ in range(2)]
+    other = reference.initial_state(2)
+    for number in range(8):
+        crops = rng.integers(0, 256, (2, 112, 112, 3), np.uint8)
+        if number == 6:
+            driver.counts.clear()
+        said, states = recognizer.step_many(list(crops), states, [1.0, 0.5])
+        expected, other = reference.step({"frame": reference.normalise(crops)}, other, [1.0, 0.5])
+        for row, affect in enumerate(said):
+            assert affect.valence == pytest.approx(float(expected["valence"][row]), abs=1e-6)
+    assert "cuMemcpyDtoH" not in driver.counts
+    affect, alone = recognizer.step(crops[0], states[1])
+    assert alone.batch == 1 and State.from_bytes(alone.to_bytes()).to_bytes() == alone.to_bytes()
+
+
+def test_the_bench_runs_on_it(trt: Any, driver: FakeDriver, bundle: Path) -> None:
+    model = BundleModel(bundle)
+    times = bench._time_model(model, bench.BenchSettings(repeats=20, warmup=8, batch=2))
+    assert len(times["encode"]) == len(times["step"]) == 20 and min(times["step"]) > 0
+    assert driver.counts["cuGraphLaunch"] >= 2 * 20
+    assert model.engine_words.startswith("TensorRT 10.3.0 on Fake Orin")
+
+
 def test_faces_come_and_go(trt: Any, bundle: Path, reference: BundleModel) -> None:
     told = []
     for under in (BundleModel(bundle), reference):
@@ -244,11 +271,14 @@ def test_the_first_load_builds_and_later_ones_do_not(trt: Any, bundle: Path) -> 
     assert trt.builds == 2
 
 
-@pytest.mark.parametrize("change", ["gpu", "driver", "version", "weights"])
+@pytest.mark.parametrize("change", ["gpu", "driver", "release", "version", "weights"])
 def test_an_engine_is_of_one_device_and_one_model(
     trt: Any, driver: FakeDriver, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
 ) -> None:
     BundleModel(bundle)
+    if change == "release":
+        (tmp_path / "release").write_text("570.124.06\n")
+        monkeypatch.setattr(cuda, "_RELEASES", (tmp_path / "none", tmp_path / "release"))
     other = FakeDriver(
         name="Another GPU" if change == "gpu" else driver.name,
         capability=(8, 9) if change == "gpu" else driver.capability,

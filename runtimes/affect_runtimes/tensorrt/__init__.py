@@ -46,7 +46,7 @@ def create(bundle: Bundle, graph: Graph, threads: int) -> TensorRTEngine:
     identity = {
         "engine": str(library),
         "gpu": f"{device.name} ({device.capability})",
-        "driver": cuda_words(device.driver),
+        "driver": " ".join([cuda_words(device.driver), *device.release.split()]),
         "machine": machine(),
     }
     for plan in graph.plans:

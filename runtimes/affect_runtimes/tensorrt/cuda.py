@@ -9,6 +9,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = ["Buffer", "Device", "DeviceArray", "open_device"]
 
 Array = NDArray[Any]
 _LEAST_DRIVER = 12000
+_RELEASES = (Path("/sys/module/nvidia/version"), Path("/etc/nv_tegra_release"))
 _MISSING = "install the NVIDIA driver (on a Jetson it comes with JetPack); nothing here falls back to the CPU"
 
 
@@ -30,6 +32,7 @@ class Device:
         name: such as "NVIDIA GeForce RTX 4090".
         capability: such as "8.9".
         driver: highest CUDA version that the driver supports, such as 12060.
+        release: of the driver itself, such as "570.124.06", or of a Jetson's system; "" where the system does not say.
         lock: held while work is put on the stream.
         stream: handle, as an int.
     """
@@ -45,6 +48,7 @@ class Device:
                 f"the NVIDIA driver supports CUDA {cuda_words(self.driver)}; at least {cuda_words(_LEAST_DRIVER)} is "
                 "needed: update the driver"
             )
+        self.release = _release()
         count = int(self._do("cuDeviceGetCount"))
         if count <= index:
             raise DeviceError(f"the driver knows {count} GPUs, and number {index} was asked for")
@@ -247,6 +251,15 @@ def open_device(index: int = 0, find: Callable[[], Any] | None = None) -> Device
             _start(driver)
             _devices[index] = Device(driver, index)
         return _devices[index]
+
+
+def _release() -> str:
+    for file in _RELEASES:
+        try:
+            return file.read_text(errors="replace").partition("\n")[0].strip()
+        except OSError:
+            continue
+    return ""
 
 
 def cuda_words(version: int) -> str:
