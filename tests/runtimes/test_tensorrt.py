@@ -28,7 +28,7 @@ from affect_runtimes.errors import BundleError, DeviceError, IntegrityError, Mis
 from affect_runtimes.manifest import EnginePlan, to_text
 from affect_runtimes.model import BundleModel
 from affect_runtimes.state import State
-from affect_runtimes.tensorrt import cuda
+from affect_runtimes.tensorrt import cuda, engine
 from affect_runtimes.tensorrt.cuda import DeviceArray
 from affect_runtimes.tensorrt.library import RTX, Library, build_engine
 from affect_runtimes.verify import replay, replay_elsewhere
@@ -220,6 +220,19 @@ def test_many_batch_sizes_give_graphs_back(trt: Any, driver: FakeDriver, bundle:
     # Encoder and step; 3 sizes; one pair of addresses of the encoder and a few of the step.
     assert len([g for g in driver.graphs if g < 0]) <= 3 + 3 * 8
     assert not [g for g in driver.graphs if g > 0]
+
+
+def test_batch_sizes_that_are_not_kept_leave_nothing(
+    trt: Any, driver: FakeDriver, bundle: Path, reference: BundleModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_CONTEXTS", 2)
+    model, held = BundleModel(bundle), []
+    for number in range(12):
+        shown = frames(5, 1 + number % 3, number)
+        same(roll(model, shown)[0], roll(reference, shown)[0])
+        held.append((len(driver.host), len(driver.device), len([g for g in driver.graphs if g < 0])))
+    for one, later in zip(held[6:9], held[9:], strict=True):
+        assert all(b <= a for a, b in zip(one, later, strict=True)), held
 
 
 def test_threads_share_one_engine(trt: Any, bundle: Path, reference: BundleModel) -> None:

@@ -16,7 +16,15 @@ from cuda.bindings import driver as real
 __all__ = ["FakeDriver", "has_driver", "real"]
 
 
-_GIVE_NOTHING = {"cuInit", "cuCtxSetCurrent", "cuStreamSynchronize", "cuGraphLaunch", "cuGraphDestroy", "cuMemcpyDtoH"}
+_GIVE_NOTHING = {
+    "cuInit",
+    "cuMemFreeHost",
+    "cuCtxSetCurrent",
+    "cuStreamSynchronize",
+    "cuGraphLaunch",
+    "cuGraphDestroy",
+    "cuMemcpyDtoH",
+}
 
 
 def has_driver() -> bool:
@@ -149,6 +157,10 @@ class FakeDriver:
 
     def _cuMemHostAlloc(self, size: int, flags: int) -> int:
         return self._block(size, self.host)
+
+    def _cuMemFreeHost(self, address: int) -> None:
+        assert not self.pending
+        del self.host[address]
 
     def _cuMemcpyHtoDAsync(self, to: int, source: int, size: int, stream: Any) -> None:
         self.here()

@@ -89,12 +89,16 @@ class Device:
         return Buffer(address, free)
 
     def pinned(self, shape: Sequence[int], dtype: Any) -> tuple[Array, int]:
-        """An array in memory that the device copies from and to without a detour, and its address; never given back."""
+        """An array in memory that the device copies from and to without a detour, and its address, for `unpin`."""
         kind = np.dtype(dtype)
         size = max(int(np.prod(shape)) * kind.itemsize, 1)
         address = int(self._do("cuMemHostAlloc", size, 0))
         raw = (ctypes.c_uint8 * size).from_address(address)
         return np.frombuffer(raw, kind, int(np.prod(shape))).reshape(shape), address
+
+    def unpin(self, address: int) -> None:
+        """Gives such memory back; nobody may hold its array any more."""
+        self._do("cuMemFreeHost", address)
 
     def upload(self, to: int, address: int, size: int) -> None:
         """Pinned memory -> device, when the stream gets there."""

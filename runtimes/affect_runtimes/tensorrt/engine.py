@@ -228,6 +228,8 @@ class _Bound:
                 self.device.download(addresses[tensor.name], self.host[tensor.name][1], self.sizes[tensor.name])
 
     def close(self) -> None:
-        """Lets go of the graphs; the context goes with this object."""
+        """Lets go of graphs and pinned memory; the rest goes with this object. Nothing of it may be under way."""
         while self.graphs:
             self.device.forget(self.graphs.popitem()[1])
+        while self.host:
+            self.device.unpin(self.host.popitem()[1][1])
