@@ -40,10 +40,7 @@ class EngineCache:
     """
 
     def __init__(self, root: str | Path | None = None, say: Callable[[str], None] = lambda words: None) -> None:
-        if root is None:
-            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            root = os.environ.get(ENVIRONMENT) or Path(base) / "affect-edge"
-        self.root = Path(root)
+        self.root = Path(root or os.environ.get(ENVIRONMENT) or _default())
         self._say = say
 
     def fetch(self, key: Mapping[str, str], make: Callable[[], bytes], room: int) -> tuple[bytes, Path]:
@@ -69,7 +66,10 @@ class EngineCache:
             if found is not None:
                 return found, entry
             self._clear(entry)
-            free = shutil.disk_usage(self.root).free
+            try:
+                free = shutil.disk_usage(self.root).free
+            except OSError as error:
+                raise _unusable(self.root, error) from None
             if free < room + _SPARE_BYTES:
                 raise DeviceError(
                     _no_room(self.root, f"{free >> 20} MB free, some {(room + _SPARE_BYTES) >> 20} needed")
@@ -84,8 +84,13 @@ class EngineCache:
             self._clear(entry)
 
     def verdict(self, key: Mapping[str, str]) -> dict[str, Any] | None:
-        """What `keep_verdict` kept under a key, or None."""
+        """What `keep_verdict` kept under a key, or None.
+
+        Raises:
+            DeviceError: others can write to the folder.
+        """
         try:
+            _check_closed(self.root, self.root.stat())
             kept = json.loads((self.root / _digest(key) / _VERDICT).read_text())
         except (OSError, ValueError):
             return None
@@ -113,12 +118,7 @@ class EngineCache:
             found = self.root.stat()
         except OSError as error:
             raise _unusable(self.root, error) from None
-        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise DeviceError(
-                f"{self.root}: built engines are native code, and others can write to this folder (owner "
-                f"{found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}); chmod 700 it as its owner, or name another "
-                f"one in ${ENVIRONMENT}"
-            )
+        _check_closed(self.root, found)
         return self.root
 
     @contextlib.contextmanager
@@ -139,6 +139,8 @@ class EngineCache:
                         self._say("another process builds this engine; waiting for it")
                         told = True
                     time.sleep(_POLL_S)
+                except OSError as error:  # some network folders have no locks
+                    raise _unusable(self.root, error) from None
             yield
         finally:
             os.close(file)
@@ -160,6 +162,24 @@ class EngineCache:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise _unusable(self.root, error) from None
+
+
+def _default() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "affect-edge"
+    try:
+        return Path.home() / ".cache" / "affect-edge"
+    except RuntimeError:
+        raise DeviceError(f"this user has no home to keep built engines in; name a folder in ${ENVIRONMENT}") from None
+
+
+def _check_closed(root: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise DeviceError(
+            f"{root}: built engines are native code, and others can write to this folder (owner {found.st_uid}, mode "
+            f"{stat.S_IMODE(found.st_mode):o}); chmod 700 it as its owner, or name another one in ${ENVIRONMENT}"
+        )
 
 
 def _read(entry: Path, key: Mapping[str, str]) -> bytes | None:

@@ -1,6 +1,7 @@
 """Replaying verify.npz: is this engine, on this machine, still the float model?"""
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from numpy.typing import NDArray
 from affect_runtimes._checked import shown
 from affect_runtimes.base import machine
 from affect_runtimes.compare import STATE, Figure, compare_outputs
-from affect_runtimes.errors import BundleError, InputError, ParityError
+from affect_runtimes.errors import BundleError, DeviceError, InputError, ParityError
 from affect_runtimes.interface import check_names
 from affect_runtimes.model import BundleModel
 
 __all__ = ["recorded_inputs", "replay", "replay_elsewhere", "replay_here"]
 
 Array = NDArray[Any]
+_log = logging.getLogger(__name__)
 
 
 def replay(model: BundleModel) -> list[Figure]:
@@ -99,14 +101,17 @@ def replay_here(model: BundleModel) -> list[Figure]:
 
     Raises:
         BundleError, ParityError: see `replay`.
-        DeviceError: the verdict cannot be kept.
     """
     figures = replay(model)
     if model.engine_identity:
         # Needs what not every system has, and only these engines do.
         from affect_runtimes.cache import EngineCache
 
-        EngineCache().keep_verdict(_verdict_key(model), {"figures": [f.to_json() for f in figures]})
+        try:
+            EngineCache().keep_verdict(_verdict_key(model), {"figures": [f.to_json() for f in figures]})
+        except DeviceError as error:
+            # Not worth an error: the next start replays again.
+            _log.warning("the verdict is not kept: %s", error)
     return figures
 
 

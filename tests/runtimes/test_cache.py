@@ -193,6 +193,36 @@ def test_the_environment_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert EngineCache().root == tmp_path / "own"
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    with pytest.raises(DeviceError, match=rf"no home .*{ENVIRONMENT}"):
+        EngineCache()
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    assert EngineCache().root == tmp_path
+
+
+def test_a_folder_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DeviceError, match="No locks available"):
+        EngineCache(tmp_path / "cache").fetch(KEY, never, 6)
+
+
+def test_verdicts_of_an_open_folder_are_not_believed(tmp_path: Path) -> None:
+    kept = EngineCache(tmp_path / "cache")
+    kept.keep_verdict(KEY, {})
+    kept.root.chmod(0o777)
+    with pytest.raises(DeviceError, match="others can write"):
+        kept.verdict(KEY)
+
+
 def test_verdicts_are_kept_by_key(tmp_path: Path) -> None:
     kept = EngineCache(tmp_path / "cache")
     assert kept.verdict(KEY) is None

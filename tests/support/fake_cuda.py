@@ -6,6 +6,7 @@ it, and memory that nobody allocated, on either side, cannot be touched.
 """
 
 import ctypes
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ __all__ = ["FakeDriver", "has_driver", "real"]
 
 _GIVE_NOTHING = {
     "cuInit",
+    "cuMemFree",
     "cuMemFreeHost",
     "cuCtxSetCurrent",
     "cuStreamSynchronize",
@@ -58,7 +60,9 @@ class FakeDriver:
         self.host: dict[int, Any] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.recording: list[Callable[[], None]] | None = None
+        self.invalid = self.stale = False  # a capture that failed, and the error that it leaves behind
         self.current = threading.local()
+        self._numbers = itertools.count(1001)
         self.ask = not has_driver()
 
     def __getattr__(self, name: str) -> Any:
@@ -79,6 +83,8 @@ class FakeDriver:
             if name not in ("cuInit", "cuDriverGetVersion"):
                 assert self.initialised, f"{name} before cuInit"
             found = own(*arguments)
+            if isinstance(found, real.CUresult):
+                return (found, None)
             ok = real.CUresult.CUDA_SUCCESS
             return (ok,) if found is None else (ok, found)
 
@@ -155,6 +161,10 @@ class FakeDriver:
     def _cuMemAlloc(self, size: int) -> Any:
         return real.CUdeviceptr(init_value=self._block(size, self.device))
 
+    def _cuMemFree(self, address: Any) -> None:
+        assert not self.pending
+        del self.device[int(address)]
+
     def _cuMemHostAlloc(self, size: int, flags: int) -> int:
         return self._block(size, self.host)
 
@@ -184,7 +194,10 @@ class FakeDriver:
 
     def _cuStreamEndCapture(self, stream: Any) -> Any:
         assert self.recording is not None
-        number = 1000 + self.counts["cuStreamBeginCapture"]
+        if self.invalid:
+            self.recording, self.invalid, self.stale = None, False, True
+            return real.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+        number = next(self._numbers)
         self.graphs[number], self.recording = self.recording, None
         return real.CUgraph(init_value=number)
 

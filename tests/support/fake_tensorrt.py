@@ -26,6 +26,15 @@ from affect_runtimes.onnxruntime import open_bytes
 __all__ = ["STUBS", "fake_tensorrt", "signatures"]
 
 STUBS = Path(__file__).parents[2] / "build" / "tensorrt-stubs"
+_SAME = (
+    "DataType",
+    "Dims",
+    "ILogger",
+    "IProgressMonitor",
+    "MemoryPoolType",
+    "NetworkDefinitionCreationFlag",
+    "TensorIOMode",
+)
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "SupportsInt": lambda v: hasattr(v, "__int__") and not isinstance(v, (str, float)),
     "int": lambda v: hasattr(v, "__int__") and not isinstance(v, (str, float)),
@@ -127,10 +136,13 @@ def fake_tensorrt(driver: FakeDriver, name: str = "tensorrt", version: str = "10
     )
     trt.on_build = lambda: None
     trt.__version__ = version
-    for same in ("ILogger", "IProgressMonitor", "NetworkDefinitionCreationFlag", "TensorIOMode", "DataType", "Dims"):
+    own = ("ComputeCapability", "DynamicShapesKernelSpecializationStrategy") if name == "tensorrt_rtx" else ()
+    for same in (*_SAME, *own):
         setattr(trt, same, getattr(rtx, same))
+    trt.BuilderFlag = types.SimpleNamespace(TF32=rtx.BuilderFlag.TF32)
     if name == "tensorrt_rtx":
-        trt.ComputeCapability = rtx.ComputeCapability
+        trt.BuilderFlag.REQUIRE_USER_ALLOCATION = rtx.BuilderFlag.REQUIRE_USER_ALLOCATION
+        trt.own_allocation = False  # knob: networks that cannot be built for graphs
     graphs: dict[bytes, Any] = {}
 
     def ready() -> None:
@@ -155,11 +167,15 @@ def fake_tensorrt(driver: FakeDriver, name: str = "tensorrt", version: str = "10
 
         def build_serialized_network(self, network: Any, config: Any) -> Any:
             ready()
+            assert rtx.BuilderFlag.TF32 not in config._flags and config._limits[rtx.MemoryPoolType.WORKSPACE] > 0
+            if getattr(trt, "own_allocation", False) and rtx.BuilderFlag.REQUIRE_USER_ALLOCATION in config._flags:
+                return None
             monitor = config.progress_monitor
             monitor.phase_start("Building", None, 2)
             trt.builds += 1
             trt.on_build()
-            assert monitor.step_complete("Building", 1) is True
+            if not monitor.step_complete("Building", 1):
+                return None
             monitor.phase_finish("Building")
             if trt.breaks:
                 self._logger.log(rtx.ILogger.Severity.ERROR, "no tactic was found")
@@ -173,14 +189,31 @@ def fake_tensorrt(driver: FakeDriver, name: str = "tensorrt", version: str = "10
                 for a, b, c, d in zip(least, best, most, sizes, strict=True):
                     assert (1 <= a <= b <= c) if d == 0 else (a == b == c == d)
             shapes = {n: [list(s) for s in three] for n, three in profile._shapes.items()}
-            header = {"by": f"{name} {version}", "gpu": driver.capability, "shapes": shapes}
+            graphs_too = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None) in config._flags
+            header = {
+                "by": f"{name} {version}",
+                "gpu": driver.capability,
+                "shapes": shapes,
+                "captures": graphs_too or name == "tensorrt",
+                "number": trt.builds,
+            }
             return memoryview(json.dumps(header).encode() + b"\0" + network.data)
 
     @_held
     class IBuilderConfig:
         def __init__(self) -> None:
             self._profiles: list[Any] = []
+            self._flags, self._limits = {rtx.BuilderFlag.TF32}, dict[Any, int]()
             self.progress_monitor: Any = None
+
+        def set_flag(self, flag: Any) -> None:
+            self._flags.add(flag)
+
+        def clear_flag(self, flag: Any) -> None:
+            self._flags.discard(flag)
+
+        def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
+            self._limits[pool] = pool_size
 
         def add_optimization_profile(self, profile: Any) -> int:
             self._profiles.append(profile)
@@ -228,12 +261,13 @@ def fake_tensorrt(driver: FakeDriver, name: str = "tensorrt", version: str = "10
             if header.get("by") != f"{name} {version}" or header["gpu"] != list(driver.capability):
                 self._logger.log(rtx.ILogger.Severity.ERROR, "the engine is of another version or GPU")
                 return None
-            return ICudaEngine(data, header["shapes"])
+            return ICudaEngine(data, header)
 
     @_held
     class ICudaEngine:
-        def __init__(self, data: bytes, shapes: Any) -> None:
-            self._model, self._shapes, self._data = onnx.load_from_string(data), shapes, data
+        def __init__(self, data: bytes, header: Any) -> None:
+            self._model, self._shapes, self._data = onnx.load_from_string(data), header["shapes"], data
+            self._captures = header["captures"]
             graph = self._model.graph
             self._values = {v.name: v for v in (*graph.input, *graph.output)}
             self._inputs = {v.name for v in graph.input}
@@ -255,14 +289,18 @@ def fake_tensorrt(driver: FakeDriver, name: str = "tensorrt", version: str = "10
         def get_tensor_shape(self, name: str) -> Any:
             return rtx.Dims([d.dim_value or -1 for d in self._values[name].type.tensor_type.shape.dim])
 
-        def create_execution_context(self) -> Any:
+        def create_execution_context(self, runtime_config: Any = None) -> Any:
             ready()
+            if name == "tensorrt_rtx":
+                # Otherwise kernels for new shapes come later, and a graph would never get them.
+                eager = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+                assert runtime_config.dynamic_shapes_kernel_specialization_strategy == eager
             return IExecutionContext(self) if trt.memory else None
 
     class IExecutionContext:
         def __init__(self, engine: Any) -> None:
             self._engine, self._addresses, self._sizes = engine, dict[str, int](), dict[str, tuple[int, ...]]()
-            self._fresh = True
+            self._fresh, self._graphs = True, 0
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             least, _, most = self._engine._shapes[name]
@@ -278,8 +316,15 @@ def fake_tensorrt(driver: FakeDriver, name: str = "tensorrt", version: str = "10
             ready()
             assert stream_handle == 77
             assert set(self._sizes) == self._engine._inputs and set(self._addresses) == set(self._engine._values)
-            if driver.recording is not None and (self._fresh or not trt.captures):
+            if driver.stale:
+                driver.stale = False
                 return False
+            if driver.recording is not None:
+                self._graphs += 1
+                assert self._graphs == 1, "two graphs of one context"
+                if self._fresh or not trt.captures:
+                    driver.invalid = True
+                    return False
             self._fresh = False
             at, sizes = dict(self._addresses), dict(self._sizes)
             driver.enqueue(lambda: self._compute(at, sizes))
@@ -300,8 +345,12 @@ def fake_tensorrt(driver: FakeDriver, name: str = "tensorrt", version: str = "10
     if name == "tensorrt_rtx":
 
         def is_stream_capturable(self: Any, stream: int) -> bool:
-            return bool(trt.captures)
+            return bool(trt.captures and self._engine._captures)
 
+        def create_runtime_config(self: Any) -> Any:
+            return types.SimpleNamespace()
+
+        ICudaEngine.create_runtime_config = create_runtime_config  # type: ignore[attr-defined]
         IExecutionContext.is_stream_capturable = is_stream_capturable  # type: ignore[attr-defined]
     _held(IExecutionContext)
     for kind in (Builder, OnnxParser, Runtime):

@@ -6,6 +6,7 @@ of time; one of them is used where TensorRT-RTX of that very version meets a GPU
 measures its kernels on the device, is not there.
 """
 
+import hashlib
 import logging
 import sys
 from collections.abc import Mapping
@@ -53,7 +54,8 @@ def create(bundle: Bundle, graph: Graph, threads: int) -> TensorRTEngine:
         if library.name == RTX and (plan.version, plan.gpu) == (library.version, device.capability):
             words = f"{library}, the engine that the bundle carries for {device.name}"
             _log.info("%s: %s", graph.role, words)
-            return TensorRTEngine(graph, bundle.read(plan.file), device, library, most, identity, words)
+            data = bundle.read(plan.file)
+            return TensorRTEngine(graph, data, device, library, most, _of(identity, graph, data), words)
     return _built(bundle, graph, device, library, most, identity)
 
 
@@ -65,15 +67,14 @@ def _built(
 
     def make() -> bytes:
         _say(f"{graph.role}: {library} builds the engine for {device.name}; this takes up to minutes, once")
-        with device.lock:
-            device.use()
+        with device.building():
             return build_engine(library, graph, data, most, say=_say)
 
     for again in (False, True):
         plan, entry = cache.fetch(key, make, max(_ROOM * len(data), _LEAST_ROOM))
         words = f"{library} on {device.name}, its engine kept in {entry}"
         try:
-            engine = TensorRTEngine(graph, plan, device, library, most, identity, words)
+            engine = TensorRTEngine(graph, plan, device, library, most, _of(identity, graph, plan), words)
         except BundleError:
             if again:
                 raise
@@ -84,6 +85,11 @@ def _built(
         _log.info("%s: %s", graph.role, words)
         return engine
     raise AssertionError("not reached")
+
+
+def _of(identity: Mapping[str, str], graph: Graph, plan: bytes) -> dict[str, str]:
+    """What a verdict is about: this very engine. One that is built again may have other kernels."""
+    return {**identity, f"{graph.role} engine": hashlib.sha256(plan).hexdigest()}
 
 
 def _check_driver(device: Device, library: Library) -> None:

@@ -3,6 +3,7 @@
 The driver API and not the runtime's: it needs no toolkit, and a device always has it.
 """
 
+import contextlib
 import ctypes
 import threading
 import weakref
@@ -38,8 +39,9 @@ class Device:
     """
 
     def __init__(self, driver: Any, index: int = 0) -> None:
-        self._cuda, self._local = driver, threading.local()
+        self._cuda = driver
         self.lock = threading.RLock()
+        self._builds = 0
         self._pool: defaultdict[int, list[int]] = defaultdict(list)
         found = self._do("cuDriverGetVersion")
         self.driver = int(found)
@@ -70,10 +72,25 @@ class Device:
         self.stream = int(self._stream)
 
     def use(self) -> None:
-        """Makes the context current in this thread."""
-        if not getattr(self._local, "current", False):
-            self._do("cuCtxSetCurrent", self._context)
-            self._local.current = True
+        """Makes the context current in this thread, where another library may have set its own since."""
+        self._do("cuCtxSetCurrent", self._context)
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """While an engine is built: others run, and nothing is captured, which a builder's own work would break."""
+        with self.lock:
+            self.use()
+            self._builds += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._builds -= 1
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a capture can begin now; asked with the lock held."""
+        return self._builds == 0
 
     def buffer(self, size: int) -> "Buffer":
         """Memory of at least so many bytes; that of buffers nobody holds any more is used again.
@@ -82,11 +99,22 @@ class Device:
             DeviceError: the device has no more.
         """
         rounded = 256 * -(-max(size, 1) // 256)
-        free = self._pool[rounded]
         with self.lock:
-            address = free.pop() if free else int(self._do("cuMemAlloc", rounded))
+            free = self._pool[rounded]
+            try:
+                address = free.pop() if free else int(self._do("cuMemAlloc", rounded))
+            except DeviceError:
+                self._shrink()
+                address = int(self._do("cuMemAlloc", rounded))
         # All work is on one stream, so whoever gets it next comes after whatever still reads it.
         return Buffer(address, free)
+
+    def _shrink(self) -> None:
+        """Gives back whatever of the pool nobody holds."""
+        self.wait()
+        for free in self._pool.values():
+            while free:
+                self._do("cuMemFree", free.pop())
 
     def pinned(self, shape: Sequence[int], dtype: Any) -> tuple[Array, int]:
         """An array in memory that the device copies from and to without a detour, and its address, for `unpin`."""
@@ -135,8 +163,10 @@ class Device:
         try:
             yield made
         except BaseException:
-            # The stream has to leave the capture, whatever became of it.
-            self._cuda.cuStreamEndCapture(self._stream)
+            # The stream has to leave the capture, whatever became of it; and what it gives is of no use.
+            error, *graphs = self._cuda.cuStreamEndCapture(self._stream)
+            if error == self._cuda.CUresult.CUDA_SUCCESS:
+                self._do("cuGraphDestroy", graphs[0])
             raise
         graph = self._do("cuStreamEndCapture", self._stream)
         try:
@@ -258,12 +288,11 @@ def open_device(index: int = 0, find: Callable[[], Any] | None = None) -> Device
 
 
 def _release() -> str:
+    said = []
     for file in _RELEASES:
-        try:
-            return file.read_text(errors="replace").partition("\n")[0].strip()
-        except OSError:
-            continue
-    return ""
+        with contextlib.suppress(OSError):
+            said.append(file.read_text(errors="replace").partition("\n")[0].strip())
+    return " ".join(said)
 
 
 def cuda_words(version: int) -> str:

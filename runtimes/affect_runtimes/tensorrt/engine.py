@@ -6,8 +6,11 @@ same two addresses take turns, and each turn has a CUDA graph of its own. Whoeve
 use another buffer.
 """
 
+import logging
+import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,17 +20,19 @@ from affect_runtimes.base import GraphEngine
 from affect_runtimes.errors import BundleError, DeviceError
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
-from affect_runtimes.tensorrt.cuda import Buffer, Device, DeviceArray
-from affect_runtimes.tensorrt.library import Library, logger
+from affect_runtimes.tensorrt.cuda import Device, DeviceArray
+from affect_runtimes.tensorrt.library import RTX, Library, logger
 
 __all__ = ["TensorRTEngine"]
 
 Array = NDArray[Any]
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64"}
-_CONTEXTS = 4
+_log = logging.getLogger(__name__)
+_BATCHES = 4
 """Batch sizes that are kept ready; faces come and go one at a time."""
-_GRAPHS = 8
-"""Pairs of addresses that are kept as graphs, of each batch size. Two are enough while nobody keeps states."""
+_TURNS, _AGAIN, _OFTEN = 4, 2, 16
+"""Sets of addresses that get a context and a graph of their own, of each batch size: two take turns while nobody keeps
+states. One gets its own when it comes again, and in the place of another only when it comes often."""
 
 
 class TensorRTEngine(GraphEngine):
@@ -63,6 +68,7 @@ class TensorRTEngine(GraphEngine):
         self._said = logger(library)
         self._ready: OrderedDict[int, _Bound] = OrderedDict()
         super().__init__(graph, plan, None, 1)
+        self._make = _Contexts(self._engine, library, graph.role, device, self._said)
         self.identity, self.words = dict(identity or {}), words or str(library)
         taken = {t.name for t in graph.inputs}
         self._kept = {t.name for t in graph.outputs if t.name.removeprefix("next_") in taken - {t.name}}
@@ -106,38 +112,56 @@ class TensorRTEngine(GraphEngine):
         return {n: np.concatenate([np.asarray(p[n]) for p in parts], self._axes[n]) for n in parts[0]}
 
     def _bound(self, batch: int) -> "_Bound":
-        """The context for so many streams, made when it is first wanted."""
+        """What is ready for so many streams, made when it is first wanted."""
         found = self._ready.pop(batch, None)
         if found is None:
-            while len(self._ready) >= _CONTEXTS:
+            while len(self._ready) >= _BATCHES:
                 self._ready.popitem(last=False)[1].close()
-            context = self._engine.create_execution_context()
-            if context is None:
-                raise DeviceError(
-                    f"{self.graph.role}: {self._device.name} has no memory for {batch} streams: {self._said.words()}"
-                )
-            found = _Bound(context, self.graph, self._bindable, self._kept, batch, self._device, self._fail)
+            found = _Bound(self._make, self.graph, self._bindable, self._kept, batch, self._device)
         self._ready[batch] = found
         return found
 
-    def _fail(self, what: str) -> DeviceError:
-        return DeviceError(f"{self.graph.role}: {self._library} on {self._device.name} {what}: {self._said.words()}")
+
+class _Contexts:
+    """Makes execution contexts, and errors; it holds no engine of ours, so that one is gone with its last reference."""
+
+    def __init__(self, engine: Any, library: Library, role: str, device: Device, said: Any) -> None:
+        self._engine, self._library, self._role, self._device, self._said = engine, library, role, device, said
+
+    def __call__(self) -> Any:
+        trt = self._library.module
+        if self._library.name == RTX:
+            # Kernels for new shapes at once: a graph would keep those that stand in for them till they are there.
+            config = self._engine.create_runtime_config()
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context()
+        if context is None:
+            raise self.error("has no memory for another context")
+        return context
+
+    def error(self, what: str) -> DeviceError:
+        return DeviceError(f"{self._role}: {self._library} on {self._device.name} {what}: {self._said.words()}")
+
+
+@dataclass
+class _Turn:
+    """A context of its own for one set of addresses, as TensorRT wants for a graph, and the graph once there is one."""
+
+    context: Any
+    bound: dict[str, int] = field(default_factory=dict)
+    graph: Any = None
 
 
 class _Bound:
-    """An execution context for one batch size, with every tensor that is not a state at a fixed address."""
+    """All for one batch size; what is no state has a fixed address, in pinned memory and on the device."""
 
     def __init__(
-        self,
-        context: Any,
-        graph: Graph,
-        bindable: list[str],
-        kept: set[str],
-        batch: int,
-        device: Device,
-        fail: Callable[[str], DeviceError],
+        self, make: _Contexts, graph: Graph, bindable: list[str], kept: set[str], batch: int, device: Device
     ) -> None:
-        self.context, self.graph, self.device, self.fail = context, graph, device, fail
+        self.make, self.graph, self.device, self.batch = make, graph, device, batch
         self.inputs = [t for t in graph.inputs if t.name in bindable]
         self.outputs, self.kept = graph.outputs, kept
         self.shapes = {t.name: t.sized(batch) for t in (*self.inputs, *self.outputs)}
@@ -145,17 +169,25 @@ class _Bound:
             t.name: int(np.prod(self.shapes[t.name])) * np.dtype(t.dtype).itemsize
             for t in (*self.inputs, *self.outputs)
         }
-        # Fixed: pinned memory and a place on the device for whatever comes from the host or goes there.
+        self.host: dict[str, tuple[Array, int]] = {}
+        self.turns: OrderedDict[tuple[int, ...], _Turn] = OrderedDict()
+        # Also of one that could not be made whole, and of one whose engine nobody holds any more.
+        self.close = weakref.finalize(self, _free, device, self.host, self.turns)
+        self.close.atexit = False
         fixed = [t for t in (*self.inputs, *self.outputs) if t.name not in kept]
-        self.host = {t.name: device.pinned(self.shapes[t.name], t.dtype) for t in fixed}
         self.place = {t.name: device.buffer(self.sizes[t.name]) for t in fixed}
-        self.bound: dict[str, int] = {}
+        for tensor in fixed:
+            self.host[tensor.name] = device.pinned(self.shapes[tensor.name], tensor.dtype)
         self.seen: Counter[tuple[int, ...]] = Counter()
-        self.graphs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self.capturing = True
+        self.plain = _Turn(self._context())
+
+    def _context(self) -> Any:
+        context = self.make()
         for tensor in self.inputs:
             if not context.set_input_shape(tensor.name, self.shapes[tensor.name]):
-                raise fail(f"takes no {batch} streams")
+                raise self.make.error(f"takes no {self.batch} streams")
+        return context
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """One run; returns when everything for the host is there."""
@@ -168,68 +200,94 @@ class _Bound:
                 self.host[tensor.name][0][...] = np.asarray(array)
                 addresses[tensor.name] = self.place[tensor.name].address
                 staged.append(tensor.name)
-        fresh: dict[str, Buffer] = {}
+        fresh = {t.name: self.device.buffer(self.sizes[t.name]) for t in self.outputs if t.name in self.kept}
         for tensor in self.outputs:
-            if tensor.name in self.kept:
-                fresh[tensor.name] = self.device.buffer(self.sizes[tensor.name])
-            addresses[tensor.name] = fresh.get(tensor.name, self.place.get(tensor.name)).address  # type: ignore[union-attr]
+            addresses[tensor.name] = (fresh if tensor.name in fresh else self.place)[tensor.name].address
         self._do(staged, addresses)
         # Also where nothing goes to the host: what was staged must not be overwritten while it is being copied.
         self.device.wait()
-        return {
-            t.name: DeviceArray(self.device, fresh[t.name], self.shapes[t.name], t.dtype)  # type: ignore[misc]
-            if t.name in fresh
-            else self.host[t.name][0].copy()
-            for t in self.outputs
-        }
+        said: dict[str, Any] = {}
+        for tensor in self.outputs:
+            if tensor.name in fresh:
+                said[tensor.name] = DeviceArray(self.device, fresh[tensor.name], self.shapes[tensor.name], tensor.dtype)
+            else:
+                said[tensor.name] = self.host[tensor.name][0].copy()
+        return said
 
     def _do(self, staged: list[str], addresses: Mapping[str, int]) -> None:
         # Which inputs are copied follows from their addresses.
         key = tuple(addresses.values())
-        graph = self.graphs.get(key)
-        if graph is not None:
-            self.graphs.move_to_end(key)
-            self.device.launch(graph)
-            return
+        turn = self.turns.get(key) or self._new_turn(key)
+        if turn is None:
+            self._enqueue(self.plain, staged, addresses)
+        elif turn.graph is not None:
+            self.turns.move_to_end(key)
+            self.device.launch(turn.graph)
+        elif not turn.bound or not self._capturable(turn):
+            # The first time it runs as it is: TensorRT prepares itself in a context's first run, which no graph holds.
+            self._enqueue(turn, staged, addresses)
+        else:
+            self._capture(turn, staged, addresses)
+
+    def _new_turn(self, key: tuple[int, ...]) -> _Turn | None:
+        """A turn for addresses that come again, or None for those that may never do."""
         self.seen[key] += 1
-        # The first time it runs as it is: TensorRT prepares itself in a context's first run, which no graph can hold.
-        if self.seen[key] < 2 or not self._capturable():
-            self._enqueue(staged, addresses)
-            return
+        wanted = _AGAIN if len(self.turns) < _TURNS else _OFTEN
+        if not self.capturing or self.seen[key] < wanted:
+            return None
+        self.seen.clear()
+        while len(self.turns) >= _TURNS:
+            _forget(self.device, self.turns.popitem(last=False)[1])
+        self.turns[key] = _Turn(self._context())
+        return self.turns[key]
+
+    def _capturable(self, turn: _Turn) -> bool:
+        asked = getattr(turn.context, "is_stream_capturable", None)  # of TensorRT-RTX
+        return self.device.capturable and self.capturing and (asked is None or bool(asked(self.device.stream)))
+
+    def _capture(self, turn: _Turn, staged: list[str], addresses: Mapping[str, int]) -> None:
         try:
             with self.device.capture() as made:
-                self._enqueue(staged, addresses)
-        except DeviceError:
-            # A network that cannot be captured runs all the same, launch by launch.
+                self._enqueue(turn, staged, addresses)
+        except DeviceError as error:
+            # A network that cannot be captured, such as one with a loop, runs all the same, launch by launch.
+            _log.info("%s: no CUDA graph for %d streams: %s", self.graph.role, self.batch, error)
             self.capturing = False
-            self._enqueue(staged, addresses)
+            try:
+                self._enqueue(turn, staged, addresses)
+            except DeviceError:
+                # The failed capture may have left its error behind, which the next call is then told of, once.
+                self._enqueue(turn, staged, addresses)
             return
-        while len(self.graphs) >= _GRAPHS:
-            self.device.forget(self.graphs.popitem(last=False)[1])
-        self.graphs[key] = made[0]
-        self.device.launch(made[0])
+        turn.graph = made[0]
+        self.device.launch(turn.graph)
 
-    def _capturable(self) -> bool:
-        asked = getattr(self.context, "is_stream_capturable", None)  # of TensorRT-RTX
-        return self.capturing and (asked is None or bool(asked(self.device.stream)))
-
-    def _enqueue(self, staged: list[str], addresses: Mapping[str, int]) -> None:
+    def _enqueue(self, turn: _Turn, staged: list[str], addresses: Mapping[str, int]) -> None:
         for name in staged:
             self.device.upload(addresses[name], self.host[name][1], self.sizes[name])
         for name, address in addresses.items():
-            if self.bound.get(name) != address:
-                if not self.context.set_tensor_address(name, address):
-                    raise self.fail(f"does not take the address of {name}")
-                self.bound[name] = address
-        if not self.context.execute_async_v3(self.device.stream):
-            raise self.fail("cannot run")
+            if turn.bound.get(name) != address:
+                if not turn.context.set_tensor_address(name, address):
+                    raise self.make.error(f"does not take the address of {name}")
+                turn.bound[name] = address
+        if not turn.context.execute_async_v3(self.device.stream):
+            raise self.make.error("cannot run")
         for tensor in self.outputs:
             if tensor.name not in self.kept:
                 self.device.download(addresses[tensor.name], self.host[tensor.name][1], self.sizes[tensor.name])
 
-    def close(self) -> None:
-        """Lets go of graphs and pinned memory; the rest goes with this object. Nothing of it may be under way."""
-        while self.graphs:
-            self.device.forget(self.graphs.popitem()[1])
-        while self.host:
-            self.device.unpin(self.host.popitem()[1][1])
+
+def _forget(device: Device, turn: _Turn) -> None:
+    if turn.graph is not None:
+        device.forget(turn.graph)
+
+
+def _free(device: Device, host: dict[str, tuple[Array, int]], turns: OrderedDict[tuple[int, ...], _Turn]) -> None:
+    """Gives back what the driver does not take back by itself."""
+    with device.lock:
+        device.use()
+        device.wait()
+        while turns:
+            _forget(device, turns.popitem()[1])
+        while host:
+            device.unpin(host.popitem()[1][1])

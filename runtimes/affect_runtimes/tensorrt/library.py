@@ -17,6 +17,8 @@ FULL, RTX = "tensorrt", "tensorrt_rtx"
 """Modules: TensorRT, as JetPack has it, and TensorRT for RTX, which also builds without a GPU."""
 _NAMES = {FULL: "TensorRT", RTX: "TensorRT-RTX"}
 _LEAST = {FULL: 10, RTX: 1}  # major versions: the first with strong typing and tensors bound by address
+_WORKSPACE = 1 << 30
+"""Bytes that a kernel may use on the side. Without a limit it is all memory, which a Jetson shares with everybody."""
 _INSTALL = (
     "on a Jetson it comes with JetPack (apt install python3-libnvinfer, and a venv with --system-site-packages); on "
     "x86-64 pip install 'affect-edge[rtx]' for TensorRT-RTX"
@@ -142,6 +144,9 @@ def build_engine(
     trt = library.module
     builder, network, (_, said) = parse(library, graph, data)
     config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE)
+    # Types are those of the file, also inside of a product.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if capability is not None:
         name = f"SM{capability.replace('.', '')}"
         if name not in trt.ComputeCapability.__members__:
@@ -156,7 +161,16 @@ def build_engine(
     config.add_optimization_profile(profile)
     monitor = _monitor(trt, f"{graph.role}: {library} builds its engine", say)
     config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
+    plan = None
+    if library.name == RTX:
+        # For CUDA graphs; what has shapes that depend on numbers cannot be built like that.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        plan = builder.build_serialized_network(network, config)
+        config.clear_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if plan is None and monitor.stopped is None:
+        plan = builder.build_serialized_network(network, config)
+    if monitor.stopped is not None:
+        raise monitor.stopped
     if plan is None:
         raise BundleError(f"{graph.file}: {library} cannot build it: {said.words()}")
     return bytes(plan)
@@ -187,6 +201,7 @@ def _monitor(trt: Any, what: str, say: Callable[[str], None]) -> Any:
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
+            self.stopped: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.steps[phase_name] = num_steps
@@ -194,8 +209,11 @@ def _monitor(trt: Any, what: str, say: Callable[[str], None]) -> Any:
                 say(f"{what}: {phase_name}")
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            say(f"{what}: {phase_name}, {step} of {self.steps.get(phase_name, step)}")
-            return True  # go on
+            try:
+                say(f"{what}: {phase_name}, {step} of {self.steps.get(phase_name, step)}")
+            except BaseException as error:  # such as Ctrl-C, which the library would keep to itself
+                self.stopped = error
+            return self.stopped is None
 
         def phase_finish(self, phase_name: str) -> None:
             self.steps.pop(phase_name, None)
