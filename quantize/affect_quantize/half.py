@@ -119,6 +119,7 @@ class _Converter:
         for value in self.graph.output:
             if value.name in single and self.types[value.name] == _HALF:
                 self._give_single(value.name)
+        self._dequantize_to_single()
         used = {name for node in self.nodes for name in _reads(node)} | {o.name for o in self.graph.output}
         initializers = [TensorProto.FromString(i.SerializeToString()) for i in self.graph.initializer if i.name in used]
         del self.graph.node[:], self.graph.initializer[:]
@@ -216,6 +217,27 @@ class _Converter:
     def _add_cast(self, name: str, to: str, kind: int) -> None:
         self.nodes.append(helper.make_node("Cast", [name], [to], name=f"{name}.cast", to=kind))
         self.types[to] = kind
+
+    def _dequantize_to_single(self) -> None:
+        """Pairs whose numbers go on in fp32 alone give fp32 at once, by a scale of the same value.
+
+        A cast behind them would be folded into them, and TensorRT 10.16 has been reported to find no rule then for an
+        fp16 scale with an fp32 result on Orin (NVIDIA/TensorRT, issue 4832).
+        """
+        readers: dict[str, list[NodeProto]] = defaultdict(list)
+        for node in self.nodes:
+            for name in _reads(node):
+                readers[name].append(node)
+        results = {o.name for o in self.graph.output}
+        for node in list(self.nodes):
+            read = readers[node.output[0]]
+            only = read and all(r.op_type == "Cast" and r.attribute[0].i == _SINGLE for r in read)
+            if node.op_type == "DequantizeLinear" and only and node.output[0] not in results:
+                (cast,) = read
+                node.input[1] = node.input[1].removesuffix(".half")
+                node.output[0] = cast.output[0]
+                self.types[node.output[0]] = _SINGLE
+                self.nodes.remove(cast)
 
     def _give_single(self, name: str) -> None:
         """Gives an output of the graph in fp32, under its own name."""

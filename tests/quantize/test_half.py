@@ -311,3 +311,31 @@ def test_an_output_is_squashed_in_fp32() -> None:
     assert found["u"] == found["t"] == HALF
     x = np.array([[8.0, 9.0, 10.0, 12.0]], np.float32)
     np.testing.assert_allclose(run(as_float32(made), {"x": x})["y"], 1 / (1 + np.exp(-x)), rtol=1e-6)
+
+
+def test_pairs_before_a_mean_give_fp32_at_once() -> None:
+    scale, zero = np.float32(0.1), np.int8(0)
+    model = graph(
+        [
+            ("Relu", ["x"], "r"),
+            ("QuantizeLinear", ["r", "s", "z"], "q"),
+            ("DequantizeLinear", ["q", "s", "z"], "f"),
+            ("ReduceMean", ["f"], "m", {"keepdims": 1}),
+            ("Expand", ["m", "four"], "y"),
+        ],
+        ["x"],
+        ["y"],
+        s=scale,
+        z=zero,
+        four=np.array([1, 4], np.int64),
+    )
+    made = half_graph(model)
+    types(made)
+    (pair,) = (n for n in made.graph.node if n.op_type == "DequantizeLinear")
+    (mean,) = (n for n in made.graph.node if n.op_type == "ReduceMean")
+    assert mean.input[0] == pair.output[0]
+    held = {i.name: numpy_helper.to_array(i) for i in made.graph.initializer}
+    assert held[pair.input[1]].dtype == np.float32
+    x = np.array([[0.04, 0.16, 1.0, 30.0]], np.float32)
+    expected = np.clip(np.rint(x.astype(np.float16) / scale), -128, 127).mean() * scale
+    np.testing.assert_allclose(run(as_float32(made), {"x": x})["y"], expected, rtol=1e-3)
