@@ -28,7 +28,7 @@ ENGINES = {
     "tensorrt": "affect_runtimes.tensorrt",
 }
 """Engine name in a manifest -> the module whose `create(bundle, graph, threads)` opens it."""
-_SERVERS = {"triton": "its folder models is a repository for Triton: tritonserver --model-repository"}
+_SERVERS = {"triton": "its folder models is a repository for Triton: tritonserver --model-repository {path}/models"}
 
 
 class Engine(Protocol):
@@ -134,7 +134,7 @@ def open_engine(bundle: Bundle, graph: str = "step", threads: int = 1, any_machi
             "machine (affect-export --list-targets)"
         )
     if name in _SERVERS:
-        raise BundleError(f"{bundle.path}: is not opened on a device; {_SERVERS[name]}")
+        raise BundleError(f"{bundle.path}: is not opened on a device; {_SERVERS[name].format(path=bundle.path)}")
     if name not in ENGINES:
         raise BundleError(f"{bundle.path}: needs the engine {name!r}; this release runs {', '.join(sorted(ENGINES))}")
     described = bundle.manifest.graph(graph)

@@ -244,7 +244,7 @@ JETSON_ORIN = Target(
 JETSON_ORIN_NANO = replace(
     JETSON_ORIN,
     name="jetson-orin-nano",
-    summary="the same, for fewer faces at once: less memory for the engine to prepare for",
+    summary="as jetson-orin, for fewer faces at once: less memory for the engine to prepare for",
     finisher=partial(build, gpu="8.6", keep=False, most=4),
     max_batch=4,
 )
