@@ -19,7 +19,8 @@ import onnx
 from affect_export.graphs import graph_sources
 from affect_export.models.checkpoint import load_model
 from affect_export.targets.onnx import write_all
-from affect_export.triton_repository import Serving, serving_step
+from affect_export.triton_graph import serving_step
+from affect_export.triton_repository import Serving
 from affect_runtimes.errors import InputError
 
 # Of these the data stays where it is, or the work was done when the engine was built.

@@ -30,15 +30,8 @@ from affect_export.graphs import graph_sources
 from affect_export.models.checkpoint import load_model
 from affect_export.targets.base import GraphSource
 from affect_export.targets.onnx import write_all
-from affect_export.triton_repository import (
-    CONTROLS,
-    MODEL_FILES,
-    Serving,
-    repository_files,
-    serving_step,
-    shape_profile,
-    version_folder,
-)
+from affect_export.triton_graph import CONTROLS, serving_step
+from affect_export.triton_repository import MODEL_FILES, Serving, repository_files, shape_profile, version_folder
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import InputError
 from affect_runtimes.interface import ImageInput, StateTensor, Tensor

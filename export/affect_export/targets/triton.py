@@ -1,7 +1,7 @@
 """Target `triton`: a model repository for NVIDIA's Triton Inference Server, for more streams than one device has.
 
 The bundle's folder `models` is the repository. Its graphs are those of the other GPU targets, with the step cut to what
-Triton's sequence batcher wants (`affect_export.triton_repository`); the server keeps the states.
+Triton's sequence batcher wants (`affect_export.triton_graph`); the server keeps the states.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,8 @@ from numpy.typing import NDArray
 
 from affect_export.targets.base import WrittenGraph
 from affect_export.targets.tensorrt import JETSON_ORIN, run_in_place, widened
-from affect_export.triton_repository import (
-    CONTROLS,
-    Serving,
-    check_states,
-    repository_files,
-    serving_step,
-    version_folder,
-)
+from affect_export.triton_graph import CONTROLS, check_states, serving_step
+from affect_export.triton_repository import Serving, repository_files, version_folder
 from affect_runtimes.base import GraphEngine
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
