@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from timing import cpu_name
 
 from affect_export import graphs
-from affect_export.calibration import load_calibration, noise_calibration
+from affect_export.calibration import any_calibration
 from affect_export.models import MODELS
 from affect_export.models.checkpoint import SHIPPED, Checkpoint, load_model
 from affect_export.parity_data import clip_inputs, drift_sequence, prepared
@@ -75,10 +75,7 @@ def _written(checkpoint: Checkpoint, floats: list[WrittenGraph], precision: str,
         assert JETSON_ORIN.halver is not None
         return JETSON_ORIN.halver(floats, source, folder)
     assert JETSON_ORIN.quantizer is not None
-    if checkpoint.calibration is not None:
-        seen = load_calibration(checkpoint.calibration, checkpoint.sha256)
-    else:
-        seen = noise_calibration(checkpoint, floats, source)
+    seen = any_calibration(checkpoint, floats, source)
     return JETSON_ORIN.quantizer(floats, source, folder, Plan(seen.ranges[METHOD], seen.means))
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "FRAMES",
     "HELD",
     "Calibration",
+    "any_calibration",
     "calibrate",
     "load_calibration",
     "measure",
@@ -208,3 +209,16 @@ def noise_calibration(checkpoint: "Checkpoint", written: Iterable[WrittenGraph],
     if altered := altered_sequence(inputs, 24, 2, seed=101):
         sequences.append(altered)
     return measure(checkpoint.model, checkpoint.sha256, observe(written, folder), sequences, _NOISE)
+
+
+def any_calibration(checkpoint: "Checkpoint", floats: "list[WrittenGraph]", source: Path) -> Calibration:
+    """What came with a checkpoint, or `noise_calibration`: for building and timing, where accuracy is not asked for.
+
+    Args:
+        checkpoint: the float model.
+        floats: what a target's builder wrote of it.
+        source: where to.
+    """
+    if checkpoint.calibration is not None:
+        return load_calibration(checkpoint.calibration, checkpoint.sha256)
+    return noise_calibration(checkpoint, floats, source)

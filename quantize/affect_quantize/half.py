@@ -80,9 +80,8 @@ def half_graph(model: ModelProto, *, single_delta: bool = True) -> ModelProto:
     states = [(i.name, f"next_{i.name}") for i in graph.input if f"next_{i.name}" in results]
     carried = {*(name for name, _ in states), *(("dt",) if single_delta else ())}
     wanted = {i.name: _SINGLE if i.name in carried else _HALF for i in graph.input if _is_single(i)}
-    converter = _Converter(graph, _SINGLE_OPS | (_DELTA if single_delta else frozenset()), states)
-    converter.exact |= _ends(graph, results - {following for _, following in states})
-    converter.convert(wanted, results)
+    exact = _update_path(graph, states) | _ends(graph, results - {following for _, following in states})
+    _Converter(graph, _SINGLE_OPS | (_DELTA if single_delta else frozenset()), exact).convert(wanted, results)
     return made
 
 
@@ -93,14 +92,14 @@ class _Converter:
         self,
         graph: GraphProto,
         single_ops: frozenset[str],
-        states: Sequence[tuple[str, str]],
+        exact: Collection[int],
         outer: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
         self.graph, self.single_ops, self.inside = graph, single_ops, outer is not None
         self.own = {i.name: numpy_helper.to_array(i) for i in graph.initializer if i.data_type == _SINGLE}
         # Constants of the graph around a body are read from inside of it.
         self.constants = {**(outer or {}), **self.own}
-        self.exact = set(_update_path(graph, states))
+        self.exact = exact  # nodes, by number, that stay fp32
         self.types: dict[str, int] = {i.name: i.data_type for i in graph.initializer}
         self.nodes: list[NodeProto] = []
         self.made: dict[tuple[str, int], str] = {}
@@ -180,7 +179,7 @@ class _Converter:
             value.type.tensor_type.elem_type = kind
         states = [(i.name, o.name) for i, o in zip(body.input[:carried], body.output[:carried], strict=True)]
         # fp32 out of the body, and fp16 only behind it: TensorRT-RTX 1.7 builds no loop that casts what it gives.
-        inner = _Converter(body, self.single_ops, states, self.constants)
+        inner = _Converter(body, self.single_ops, _update_path(body, states), self.constants)
         inner.convert({}, {o.name for o in body.output})
         gives = list(node.output)
         for place in range(carried, len(gives)):
@@ -358,18 +357,15 @@ def _fits(constant: NDArray[Any]) -> bool:
     return size.size == 0 or bool(size.max() <= LARGEST and size.max() >= _SMALLEST)
 
 
-def _update_path(graph: GraphProto, states: Iterable[tuple[str, str]]) -> frozenset[int]:
+def _update_path(graph: GraphProto, states: Iterable[tuple[str, str]]) -> set[int]:
     """The nodes by which states become the next ones, by number: sums, products and moves between the two.
 
     A state that is only moved along, such as a ring of past inputs, has none: nothing adds up in it.
     """
     readers: dict[str, list[int]] = defaultdict(list)
-    maker = {}
     for number, node in enumerate(graph.node):
         for name in node.input:
             readers[name].append(number)
-        for name in node.output:
-            maker[name] = number
     path: set[int] = set()
     for state, following in states:
         ahead: set[int] = set()
@@ -380,31 +376,31 @@ def _update_path(graph: GraphProto, states: Iterable[tuple[str, str]]) -> frozen
                 if node.op_type in _MOVES | _UPDATES and number not in ahead:
                     ahead.add(number)
                     values += node.output
-        found = _behind(graph, maker, following, ahead)
+        found = _behind(graph, following, ahead)
         if any(graph.node[number].op_type in _UPDATES for number in found):
             path |= found
-    return frozenset(path)
+    return path
 
 
 def _ends(graph: GraphProto, results: Collection[str]) -> set[int]:
     """The nodes that squash values into outputs, by number, and those that only move such values on."""
-    maker = {name: number for number, node in enumerate(graph.node) for name in node.output}
     among = {number for number, node in enumerate(graph.node) if node.op_type in _MOVES | _SQUASHES}
     found: set[int] = set()
     for result in results:
-        path = _behind(graph, maker, result, among)
+        path = _behind(graph, result, among)
         if any(graph.node[number].op_type in _SQUASHES for number in path):
             found |= path
     return found
 
 
-def _behind(graph: GraphProto, maker: Mapping[str, int], value: str, among: Collection[int]) -> set[int]:
+def _behind(graph: GraphProto, value: str, among: Collection[int]) -> set[int]:
+    """The nodes among some that a value comes from through those alone, by number."""
+    maker = {name: number for number in among for name in graph.node[number].output}
     found: set[int] = set()
     values = [value]
     while values:
         number = maker.get(values.pop())
-        if number in among and number not in found:
-            assert number is not None
+        if number is not None and number not in found:
             found.add(number)
             values += graph.node[number].input
     return found

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from affect_edge import Recognizer
 from affect_export.assembly import open_here
-from affect_export.calibration import load_calibration, noise_calibration
+from affect_export.calibration import any_calibration
 from affect_export.cli import main
 from affect_export.export import export_model
 from affect_export.graphs import graph_sources
@@ -70,10 +70,7 @@ def in_precision(floats: Floats, name: str, precision: str, made: Path) -> tuple
     assert JETSON_ORIN.halver is not None and JETSON_ORIN.quantizer is not None
     if precision == "fp16":
         return JETSON_ORIN.halver(written, source, made), made, 0
-    if checkpoint.calibration is not None:
-        seen = load_calibration(checkpoint.calibration, checkpoint.sha256)
-    else:
-        seen = noise_calibration(checkpoint, written, source)
+    seen = any_calibration(checkpoint, written, source)
     layers = sum(len(find_layers(onnx.load(source / g.file))) for g in written)
     return JETSON_ORIN.quantizer(written, source, made, Plan(seen.ranges[METHOD], seen.means)), made, layers
 

@@ -226,6 +226,11 @@ def build(
     return made, {"tensorrt": {"built_with": str(library), "gpu": gpu, "graphs": told}}
 
 
+def _built(most: int, gpu: str, keep: bool) -> dict[str, Any]:
+    """What a target says of its engines: streams in one step, and what is built here; see `build`."""
+    return {"finisher": partial(build, gpu=gpu, keep=keep, most=most), "max_batch": most}
+
+
 JETSON_ORIN = Target(
     name="jetson-orin",
     summary="TensorRT 10 or later of JetPack, INT8 with the scan in fp16; the device builds the engine at first load",
@@ -238,22 +243,19 @@ JETSON_ORIN = Target(
     halver=_halve,
     stand_in=run_in_place,
     # TensorRT-RTX has no 8.7, the GPU of the Orins; 8.6 is the nearest of the same generation.
-    finisher=partial(build, gpu="8.6", keep=False, most=8),
-    max_batch=8,
+    **_built(8, "8.6", keep=False),
 )
 JETSON_ORIN_NANO = replace(
     JETSON_ORIN,
     name="jetson-orin-nano",
     summary="as jetson-orin, for fewer faces at once: less memory for the engine to prepare for",
-    finisher=partial(build, gpu="8.6", keep=False, most=4),
-    max_batch=4,
+    **_built(4, "8.6", keep=False),
 )
 DESKTOP_4090 = replace(
     JETSON_ORIN,
     name="desktop-4090",
     summary="TensorRT-RTX with its engine for the RTX 4090 built here, or TensorRT; INT8 with the scan in fp16",
     arch=("x86_64",),
-    finisher=partial(build, gpu="8.9", keep=True, most=16),
+    **_built(16, "8.9", keep=True),
     ready=lambda model: rtx(),
-    max_batch=16,
 )
