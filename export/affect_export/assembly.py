@@ -1,7 +1,6 @@
 """The files of a bundle, from a model and the graphs a target wrote."""
 
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
@@ -21,7 +20,8 @@ from affect_export.models.checkpoint import Checkpoint
 from affect_export.parity_data import CLIP_STEPS, NAME, clip_inputs, prepared
 from affect_export.targets import Target, WrittenGraph
 from affect_quantize.gate import GateReport, ParitySequence
-from affect_runtimes.base import Engine, machine
+from affect_runtimes import native
+from affect_runtimes.base import Engine, engine_version, machine
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.compare import Bound
 from affect_runtimes.interface import ImageInput
@@ -125,6 +125,7 @@ def assemble(
                 "file": g.file,
                 "sha256": _sha256(folder / g.file),
                 **({} if g.data is None else {"data": g.data}),
+                **({} if g.native is None else {"native": g.native}),
                 **({} if not g.plans else {"plans": [asdict(plan) for plan in g.plans]}),
                 "precision": g.precision,
                 "inputs": [t.to_json() for t in g.source.inputs],
@@ -137,7 +138,7 @@ def assemble(
             "engine": target.engine,
             "arch": list(target.arch),
             "precision": precision,
-            "made_with": {name: importlib.metadata.version(name) for name in target.libraries},
+            "made_with": {n: engine_version(n) for n in target.libraries if n != "native" or native.is_available()},
             **({} if target.max_batch is None else {"max_batch": target.max_batch}),
             "verified_on_target": machine() in target.arch and target.stand_in is None,
         },
@@ -165,7 +166,7 @@ def open_here(folder: Path, target: Target) -> BundleModel:
 
 def _beside(graph: WrittenGraph) -> list[str]:
     """The files of a graph beside itself."""
-    return [*(() if graph.data is None else (graph.data,)), *(plan.file for plan in graph.plans), *graph.beside]
+    return [*(name for name in (graph.data, graph.native) if name is not None), *(plan.file for plan in graph.plans), *graph.beside]
 
 
 def record(folder: Path, report: GateReport, steps: int, more: dict[str, Any]) -> None:

@@ -234,9 +234,12 @@ def _write(
     if steps is None:
         steps = _STEPS_OF_LARGE if large else CLIP_STEPS
     progress("float graphs")
-    source = folder if precision == "fp32" else folder.with_name("float")
-    source.mkdir(exist_ok=True)
-    floats = written = target.builder(graphs.graph_sources(model), source)
+    # Where a packer is still to come, the graphs are not yet those of the bundle.
+    graphs_folder = folder if target.packer is None else folder.with_name("graphs")
+    source = graphs_folder if precision == "fp32" else folder.with_name("float")
+    for made_here in (graphs_folder, source):
+        made_here.mkdir(exist_ok=True)
+    floats = target.builder(graphs.graph_sources(model), source)
     progress("the float model over the parity set")
     verification = Verification(model, min(VERIFY_STEPS, steps))
     sequences = [*parity_sequences(model.inputs(), steps), verification.sequence, *own]
@@ -252,33 +255,50 @@ def _write(
         lambda given: graphs.run_sequence_form(model, given),
     )
 
+    written: list[WrittenGraph] = []
+    more: dict[str, Any] = {}
+
     def attempt(graphs_there: list[WrittenGraph]) -> GateReport:
-        bundle = assemble(checkpoint, target, precision, bounds, graphs_there, verification, folder)
-        return gate.check(lambda given: graphs.run_bundle(bundle, given), bounds)
+        written[:] = graphs_there
+        if target.packer is not None:
+            written[:], said = target.packer(graphs_there, graphs_folder, folder)
+            more.update(said)
+        bundle = assemble(checkpoint, target, precision, bounds, written, verification, folder)
+        report = gate.check(lambda given: graphs.run_bundle(bundle, given), bounds)
+        if target.stand_in is None:
+            more["ran_on"] = bundle.engines
+        if all(graph.native is None for graph in written):
+            return report
+        # A device without the library runs the other form.
+        plain = BundleModel(folder, any_machine=True, plain=True)
+        alone = gate.check(lambda given: graphs.run_bundle(plain, given), bounds)
+        named = {f"{name}, on {target.engine} alone": figures for name, figures in alone.comparisons.items()}
+        return GateReport({**report.comparisons, **named})
 
     quantized = None
     if precision == "int8" and not target.calibrated:
         assert target.quantizer is not None
         progress("INT8, held to the float model")
-        written = target.quantizer(floats, source, folder, Plan({}))
-        report = attempt(written)
+        report = attempt(target.quantizer(floats, source, graphs_folder, Plan({})))
     elif precision == "int8":
         if calibration is None:
             progress("calibration over noise, as the weights are random")
             calibration = noise_calibration(checkpoint, floats, source)
         progress("INT8, held to the float model")
-        quantized = quantize(model, target, floats, source, folder, calibration, attempt, measure_layers)
-        written, report = quantized.written, quantized.report
+        quantized = quantize(model, target, floats, source, graphs_folder, calibration, attempt, measure_layers)
+        report = quantized.report
     else:
         progress(f"{precision}, held to the float model")
+        made = floats
         if precision == "fp16":
             assert target.halver is not None
-            written = target.halver(floats, source, folder)
-        report = attempt(written)
-    more: dict[str, Any] = {} if quantized is None else {"quantization": quantized.to_json()}
+            made = target.halver(floats, source, graphs_folder)
+        report = attempt(made)
+    if quantized is not None:
+        more["quantization"] = quantized.to_json()
     if report.passed and target.finisher is not None:
         progress("building ahead of time")
-        written, built = target.finisher(model, written, folder)
+        written[:], built = target.finisher(model, written, folder)
         assemble(checkpoint, target, precision, bounds, written, verification, folder)
         more |= built
     if target.stand_in is not None:
@@ -290,6 +310,8 @@ def _write(
 
 
 def _graph_bytes(graph: WrittenGraph, folder: Path) -> int:
+    if graph.size is not None:
+        return graph.size
     return sum((folder / name).stat().st_size for name in (graph.file, graph.data) if name is not None)
 
 

@@ -8,6 +8,7 @@ import importlib
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +19,14 @@ from affect_runtimes.errors import BundleError, InputError
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
 
-__all__ = ["ENGINES", "Engine", "GraphEngine", "machine", "open_engine"]
+__all__ = ["ENGINES", "Engine", "GraphEngine", "engine_of", "engine_version", "machine", "open_engine"]
 
 Array = NDArray[Any]
 
 ENGINES = {
     "onnxruntime": "affect_runtimes.onnxruntime",
     "ai-edge-litert": "affect_runtimes.litert",
+    "native": "affect_runtimes.native",
     "tensorrt": "affect_runtimes.tensorrt",
 }
 """Engine name in a manifest -> the module whose `create(bundle, graph, threads)` opens it."""
@@ -104,20 +106,54 @@ class GraphEngine(ABC):
         """Runs it on checked arrays."""
 
 
+def engine_version(engine: str) -> str:
+    """The version of an engine that is installed here.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: none that a package manager knows of.
+    """
+    # Slow to import, and not wanted at the start of every `import affect_edge`.
+    import importlib.metadata
+
+    if engine == "native":  # part of this distribution, or of one with another name
+        from affect_runtimes import native
+
+        return native.version()
+    return importlib.metadata.version(engine)
+
+
 def machine() -> str:
     """This machine's architecture, in the words of manifests: Linux's, whatever the system calls it."""
     found = platform.machine()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(found.lower(), found)
 
 
-def open_engine(bundle: Bundle, graph: str = "step", threads: int = 1, any_machine: bool = False) -> Engine:
-    """Opens one graph of a bundle on the engine that its manifest names; imports that engine only.
+def engine_of(bundle: Bundle, graph: str) -> str:
+    """The engine that runs a graph here: the native library where the bundle has a program for it and it is installed.
+
+    Args:
+        bundle: a verified bundle.
+        graph: the graph's role.
+    """
+    if bundle.manifest.graph(graph).native is not None:
+        from affect_runtimes import native
+
+        if native.is_available():
+            return "native"
+    return bundle.manifest.engine
+
+
+def open_engine(
+    bundle: Bundle, graph: str = "step", threads: int = 1, any_machine: bool = False, plain: bool = False
+) -> Engine:
+    """Opens one graph of a bundle on the engine that its manifest names, or `engine_of` it; imports that engine only.
 
     Args:
         bundle: a verified bundle.
         graph: the graph's role.
         threads: how many the engine may use; a step this small is fastest on one.
         any_machine: open it although it is for another architecture, as an export does to compare it.
+        plain: on the manifest's engine, and not on the native library, where both could.
 
     Raises:
         BundleError: a bundle for another architecture, an engine that this release does not know, or a graph that it
@@ -138,6 +174,8 @@ def open_engine(bundle: Bundle, graph: str = "step", threads: int = 1, any_machi
     if name not in ENGINES:
         raise BundleError(f"{bundle.path}: needs the engine {name!r}; this release runs {', '.join(sorted(ENGINES))}")
     described = bundle.manifest.graph(graph)
+    if not plain and (name := engine_of(bundle, graph)) == "native" and described.native is not None:
+        described = replace(described, file=described.native, data=None)
     engine: Engine = importlib.import_module(ENGINES[name]).create(bundle, described, threads)
     return engine
 

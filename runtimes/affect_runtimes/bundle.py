@@ -118,10 +118,8 @@ class Bundle:
         return self.manifest.target_name
 
     def _graph_files(self) -> set[str]:
-        # A set: two graphs may share one file of large tensors.
-        graphs = self.manifest.graphs
-        plans = {plan.file for g in graphs for plan in g.plans}
-        return {g.file for g in graphs} | {g.data for g in graphs if g.data is not None} | plans
+        # A set: two graphs may share a file.
+        return set().union(*(g.files for g in self.manifest.graphs))
 
     def __repr__(self) -> str:
         m = self.manifest

@@ -75,6 +75,7 @@ class Graph:
         outputs: likewise.
         data: file with the graph's large tensors, where they do not fit into the graph itself.
         plans: engines that were built from it ahead of time.
+        native: file with the same graph as a program of the native library, which runs it where it is installed.
     """
 
     role: str
@@ -85,6 +86,12 @@ class Graph:
     outputs: tuple[Tensor, ...]
     data: str | None = None
     plans: tuple[EnginePlan, ...] = ()
+    native: str | None = None
+
+    @property
+    def files(self) -> set[str]:
+        """Everything that an engine reads of it."""
+        return {f for f in (self.file, self.data, self.native, *(p.file for p in self.plans)) if f is not None}
 
 
 @dataclass(frozen=True)
@@ -307,6 +314,7 @@ def _graph(fields: Fields) -> Graph:
         tuple(read_tensor(t.raw) for t in fields.objects("outputs", least=1)),
         _inside(fields.raw["data"], f"{fields.where}: data") if fields.given("data") else None,
         tuple(_plan(plan) for plan in fields.objects("plans")) if fields.given("plans") else (),
+        _inside(fields.raw["native"], f"{fields.where}: native") if fields.given("native") else None,
     )
 
 
@@ -322,15 +330,13 @@ def _plan(fields: Fields) -> EnginePlan:
 def _files(fields: Fields, graphs: tuple[Graph, ...]) -> dict[str, str]:
     """Every file of the bundle -> its sha256; one digest for one path, however it is spelled."""
     listed = [(_inside(name, "files"), _digest(fields, name)) for name in fields.raw]
-    _unique("files and graphs", [*(name for name, _ in listed), *(g.file for g in graphs)])
-    files = dict(listed)
+    # Graphs may share a file, but not disagree on what is in it.
+    _unique("files and graphs", [*(name for name, _ in listed), *(name for name, _ in {(g.file, g.sha256) for g in graphs})])
+    files = dict(listed) | {g.file: g.sha256 for g in graphs}
     for graph in graphs:
-        if graph.data is not None and graph.data not in files:
-            raise BundleError(f"graph {graph.role!r}: its data {graph.data!r} is not among the listed files")
-        for plan in graph.plans:
-            if plan.file not in files:
-                raise BundleError(f"graph {graph.role!r}: its engine {plan.file!r} is not among the listed files")
-    return files | {g.file: g.sha256 for g in graphs}
+        if missing := sorted(graph.files - set(files)):
+            raise BundleError(f"graph {graph.role!r}: {', '.join(map(repr, missing))} is not among the listed files")
+    return files
 
 
 def _bounds(fields: Fields, outputs: tuple[Output, ...], states: tuple[StateTensor, ...]) -> tuple[Bound, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affect_runtimes.audio import encoder_inputs
-from affect_runtimes.base import Engine, open_engine
+from affect_runtimes.base import Engine, engine_of, open_engine
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import InputError, StateError
 from affect_runtimes.interface import check_names
@@ -27,6 +27,7 @@ class BundleModel:
         bundle: a verified bundle, or the path of one.
         threads: for each engine.
         any_machine: see `open_engine`.
+        plain: see `open_engine`.
         opener: opens a graph of the bundle by its role, in place of `open_engine`: with it an export runs what stands
             in for an engine that cannot run on a workstation.
 
@@ -40,10 +41,13 @@ class BundleModel:
         threads: int = 1,
         any_machine: bool = False,
         opener: Callable[[Bundle, str], Engine] | None = None,
+        plain: bool = False,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         manifest = self.bundle.manifest
-        opened = opener or (lambda bundle, role: open_engine(bundle, role, threads, any_machine))
+        opened = opener or (lambda bundle, role: open_engine(bundle, role, threads, any_machine, plain))
+        by_name = manifest.engine if plain or opener is not None else None
+        self._engines = {role: by_name or engine_of(self.bundle, role) for role in ("encoder", "step")}
         self._encoder, self._step = opened(self.bundle, "encoder"), opened(self.bundle, "step")
         # The engines have copies of their own, and these may be gigabytes.
         self.bundle.release_graphs()
@@ -51,6 +55,11 @@ class BundleModel:
         self._in_graph = [t.name for t in manifest.states if t.kept_by == "graph"]
         self._axes = {t.name: t.batch_axis for t in manifest.states}
         self._outputs = [o.name for o in manifest.outputs]
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """Role of a graph -> the engine that runs it, in the words of manifests."""
+        return dict(self._engines)
 
     @property
     def engine_words(self) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affect_runtimes._checked import shown
-from affect_runtimes.base import machine
+from affect_runtimes.base import engine_version, machine
 from affect_runtimes.compare import STATE, Figure, compare_outputs
 from affect_runtimes.errors import BundleError, DeviceError, InputError, ParityError
 from affect_runtimes.interface import check_names
@@ -75,16 +75,12 @@ def replay_elsewhere(model: BundleModel) -> bool:
     Raises:
         BundleError, ParityError: see `replay`.
     """
-    # Slow to import, and wanted only here: not at the start of every `import affect_edge`.
-    import importlib.metadata
-
     manifest, made_on = model.bundle.manifest, model.bundle.parity.get("machine")
     arch = made_on.get("arch") if isinstance(made_on, dict) else None
     try:
-        version: str | None = importlib.metadata.version(manifest.engine)
-    except importlib.metadata.PackageNotFoundError:
-        version = None  # built from source, or under another name: what it does is not known
-    known = version is not None and version == manifest.made_with.get(manifest.engine)
+        known = all(engine_version(name) == manifest.made_with.get(name) for name in model.engines.values())
+    except ImportError:
+        known = False  # built from source, or under another name: what it does is not known
     if known and arch == machine() and manifest.verified_on_target:
         return False
     if model.engine_identity:

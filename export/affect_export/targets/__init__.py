@@ -4,6 +4,7 @@ import difflib
 
 from affect_export.targets.base import GraphSource, Plan, Target, WrittenGraph
 from affect_export.targets.cpu import CPU, CPU_ARM64
+from affect_export.targets.native import NATIVE, NATIVE_ARM64
 from affect_export.targets.onnx import ONNX
 from affect_export.targets.tensorrt import DESKTOP_4090, JETSON_ORIN, JETSON_ORIN_NANO
 from affect_export.targets.tflite import TFLITE
@@ -14,7 +15,7 @@ __all__ = ["TARGETS", "GraphSource", "Plan", "Target", "WrittenGraph", "find_tar
 
 TARGETS: dict[str, Target] = {
     target.name: target
-    for target in (CPU, CPU_ARM64, JETSON_ORIN, JETSON_ORIN_NANO, DESKTOP_4090, TRITON, TFLITE, ONNX)
+    for target in (CPU, CPU_ARM64, NATIVE, NATIVE_ARM64, JETSON_ORIN, JETSON_ORIN_NANO, DESKTOP_4090, TRITON, TFLITE, ONNX)
 }
 
 

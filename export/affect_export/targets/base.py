@@ -24,6 +24,7 @@ __all__ = [
     "FP32_BOUNDS",
     "INT8_BOUNDS",
     "GraphSource",
+    "Packed",
     "Plan",
     "Target",
     "WrittenGraph",
@@ -82,6 +83,8 @@ class WrittenGraph:
         data: file with the graph's large tensors, or None where they are in the graph.
         plans: engines built from it ahead of time.
         beside: further files of the bundle that it needs.
+        native: the same graph as a program of the native library.
+        size: bytes of the graph where its file has more in it, or None.
     """
 
     source: GraphSource
@@ -90,6 +93,8 @@ class WrittenGraph:
     data: str | None = None
     plans: tuple[EnginePlan, ...] = ()
     beside: tuple[str, ...] = ()
+    native: str | None = None
+    size: int | None = None
 
     @property
     def described(self) -> Graph:
@@ -98,11 +103,15 @@ class WrittenGraph:
         takes, gives = (
             tuple(Tensor(t.name, t.shape, t.dtype) for t in side) for side in (source.inputs, source.outputs)
         )
-        return Graph(source.role, self.file, "", self.precision, takes, gives, self.data)
+        return Graph(source.role, self.file, "", self.precision, takes, gives, self.data, native=self.native)
 
     def external(self, folder: Path) -> dict[str, bytes]:
         """Name and content of that file, as `affect_runtimes.onnxruntime.open_bytes` takes it."""
         return {} if self.data is None else {self.data: (folder / self.data).read_bytes()}
+
+
+Packed = tuple[list[WrittenGraph], dict[str, Any]]
+"""Graphs as a bundle has them, and what parity.json shall say of how they came to be."""
 
 
 def write_graphs(
@@ -161,6 +170,8 @@ class Target:
         halver: (what the builder wrote, where to, another folder) -> writes the graphs in fp16 into the other.
         stand_in: (a graph, its bytes) -> what runs it here, with the same rounding, where the engine itself does not
             run on a workstation. The export holds that to the bounds, and the device the engine.
+        packer: (what the builder, quantizer or halver wrote, where to, the bundle's folder) -> puts into the folder
+            what the engine reads of it; None where that is the same. Held to the bounds is what it puts there.
         finisher: (model, what is in the bundle's folder, the folder) -> adds what can be built ahead of time, and says
             for parity.json what came of it; called once the bounds are kept.
         max_batch: streams in one step that an engine is built for on the device; None where it is not.
@@ -180,9 +191,8 @@ class Target:
     calibrated: bool = True
     halver: Callable[[list[WrittenGraph], Path, Path], list[WrittenGraph]] | None = None
     stand_in: Callable[[Graph, bytes], Engine] | None = None
-    finisher: Callable[["AffectModel", list[WrittenGraph], Path], tuple[list[WrittenGraph], dict[str, Any]]] | None = (
-        None
-    )
+    packer: Callable[[list[WrittenGraph], Path, Path], Packed] | None = None
+    finisher: Callable[["AffectModel", list[WrittenGraph], Path], Packed] | None = None
     max_batch: int | None = None
     then: str = "on the device: affect-verify {path} && affect-bench {path}"
     ready: Callable[["AffectModel"], object] | None = None

@@ -110,5 +110,5 @@ int main(int argc, char **argv) {
                static_cast<double>(worst_at));
         CHECK(worst <= function.most);
     }
-    return check_result();
+    return finish();
 }

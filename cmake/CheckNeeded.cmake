@@ -1,0 +1,11 @@
+# cmake -DREADELF=... -DLIBRARY=... -P CheckNeeded.cmake: fails where the library needs more than the C library.
+execute_process(COMMAND "${READELF}" -d "${LIBRARY}" OUTPUT_VARIABLE dynamic COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL "\\(NEEDED\\)[^\n]*\\[[^\n]*\\]" needed "${dynamic}")
+if(NOT needed)
+  message(FATAL_ERROR "${READELF} names no library that ${LIBRARY} needs; its words may have changed: ${dynamic}")
+endif()
+foreach(line ${needed})
+  if(NOT line MATCHES "\\[(libc\\.|libm\\.|ld-linux)")
+    message(FATAL_ERROR "${LIBRARY} needs more than the C library: ${line}")
+  endif()
+endforeach()
