@@ -628,15 +628,15 @@ affect_status Manifest::check_step() noexcept {
         if (!state.in_graph) {
             continue;
         }
-        char name[sizeof(TensorRecord::name) + 8];
-        std::snprintf(name, sizeof(name), "next_%s", state.tensor.name);
+        char following[sizeof(TensorRecord::name) + 8];
+        std::snprintf(following, sizeof(following), "next_%s", state.tensor.name);
         const Tensor *const before = find(step.inputs, state.tensor.name);
-        const Tensor *const after = find(step.outputs, name);
+        const Tensor *const after = find(step.outputs, following);
         if (before == nullptr || !same_shape(*before, state.tensor) || std::strcmp(state.tensor.name, dt.name) == 0) {
             return mismatch("inputs", state.tensor.name);
         }
         if (after == nullptr || !same_shape(*after, state.tensor)) {
-            return mismatch("outputs", name);
+            return mismatch("outputs", following);
         }
         ++others;
         ++next;
