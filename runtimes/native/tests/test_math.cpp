@@ -32,7 +32,7 @@ double gelu(double x) { return 0.5 * x * erfc(-x / 1.41421356237309504880); }
 const Function functions[] = {
     {"exp", UnaryOp::exp, exp, 1.0, 0},         {"sigmoid", UnaryOp::sigmoid, sigmoid, 2.5, 0},
     {"silu", UnaryOp::silu, silu, 3.0, 1.1e-36},      {"softplus", UnaryOp::softplus, softplus, 2.5, 2e-38},
-    {"tanh", UnaryOp::tanh, tanh, 2.5, 0},      {"gelu", UnaryOp::gelu, gelu, 6.0, 1e-30},
+    {"tanh", UnaryOp::tanh, tanh, 2.5, 0},      {"gelu", UnaryOp::gelu, gelu, 7.0, 1e-30},
     {"erf", UnaryOp::erf, erf, 2.5, 0},
 };
 
