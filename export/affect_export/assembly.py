@@ -166,7 +166,11 @@ def open_here(folder: Path, target: Target) -> BundleModel:
 
 def _beside(graph: WrittenGraph) -> list[str]:
     """The files of a graph beside itself."""
-    return [*(name for name in (graph.data, graph.native) if name is not None), *(plan.file for plan in graph.plans), *graph.beside]
+    return [
+        *(name for name in (graph.data, graph.native) if name is not None),
+        *(plan.file for plan in graph.plans),
+        *graph.beside,
+    ]
 
 
 def record(folder: Path, report: GateReport, steps: int, more: dict[str, Any]) -> None:

@@ -331,7 +331,8 @@ def _files(fields: Fields, graphs: tuple[Graph, ...]) -> dict[str, str]:
     """Every file of the bundle -> its sha256; one digest for one path, however it is spelled."""
     listed = [(_inside(name, "files"), _digest(fields, name)) for name in fields.raw]
     # Graphs may share a file, but not disagree on what is in it.
-    _unique("files and graphs", [*(name for name, _ in listed), *(name for name, _ in {(g.file, g.sha256) for g in graphs})])
+    named = {(g.file, g.sha256) for g in graphs}
+    _unique("files and graphs", (name for name, _ in [*listed, *named]))
     files = dict(listed) | {g.file: g.sha256 for g in graphs}
     for graph in graphs:
         if missing := sorted(graph.files - set(files)):

@@ -129,6 +129,7 @@ class Builder:
         return view if view.is_dense and not view.crosses_pieces() else self._copied(view)
 
     def reshaped(self, view: View, shape: Sequence[int]) -> View:
+        """The same elements with other axes; copied if they do not lie so that strides can say it."""
         found = view.reshaped(shape)
         if found is None:
             found = self.dense(view).reshaped(shape)
@@ -136,6 +137,7 @@ class Builder:
         return found
 
     def sliced(self, view: View, axis: int, start: int, size: int, step: int = 1) -> View:
+        """Every so many-th index of an axis; copied in the same case."""
         found = view.sliced(axis, start, size, step)
         if found is None:
             found = self.plain(view).sliced(axis, start, size, step)
@@ -225,7 +227,7 @@ class Builder:
             # Those that stay in front, those that go behind them.
             order = [a for a in range(len(counts)) if a not in axes] + sorted(axes)
             turned = self.dense(x.transposed(order)).transposed([order.index(a) for a in range(len(counts))])
-            return self.reduce(op, turned, axes) if x != turned else self._impossible(x)
+            return self.reduce(op, turned, axes)
         sizes = source.shape
         first = over.index(True) if True in over else 0
         outer, n = prod(sizes[:first]), prod(s for s, o in zip(sizes, over, strict=True) if o)
@@ -234,9 +236,6 @@ class Builder:
         self.emit(Op.REDUCE, x=self.at(source), y=self.at(y), op=int(op), outer=outer, n=n, inner=inner)
         kept = Arrangement(arrangement.order, tuple(a for a in arrangement.flips if not gone[a]))
         return kept.to_indices(y).grouped(counts)
-
-    def _impossible(self, x: View) -> View:
-        raise InputError(f"an array of {x.shape} cannot be summed that way")
 
     def _copied(self, view: View) -> View:
         if view not in self._copies:

@@ -21,7 +21,10 @@ _CONV_STEPS = (op("ReduceSum", op("Mul", _WINDOW, "w")), op("Conv", _WINDOW, "w"
 
 
 def fuse_conv_step(graph: Graph, node: Node) -> None:
-    """Past frames and this one, times weights, summed; bias and activation; and the past frames of the next step."""
+    """Past frames and this one, times weights, summed; bias and activation; and the past frames of the next step.
+
+    It stays in fp32, with the weights that the codes stand for where the graph has it in INT8.
+    """
     for pattern in _CONV_STEPS:
         for m in matches(graph, node.outputs[0], pattern):
             window = next(n for n in m.nodes if n.op == "Concat")
@@ -56,7 +59,7 @@ def fuse_conv_step(graph: Graph, node: Node) -> None:
 def _is_plain_depthwise(graph: Graph, node: Node, channels: int, width: int) -> bool:
     a = node.attributes
     plain = a.get("group", 1) == channels and not any(a.get("pads", ())) and a.get("auto_pad", "NOTSET") == "NOTSET"
-    plain &= set(a.get("dilations", ())) <= {1} and "rounding" not in a
+    plain &= set(a.get("dilations", ())) <= {1}
     return plain and graph.shapes[node.inputs[1]] == (channels, 1, width) and graph.shapes[node.outputs[0]][2] == 1
 
 

@@ -25,7 +25,7 @@ __all__ = ["Codes", "Graph", "Node", "Rounding", "read_graph"]
 Array = NDArray[Any]
 
 _OPSETS = range(18, 22)
-_FIXED_SHAPE = {"Shape"}
+_LAYERS = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(eq=False)
@@ -131,6 +131,7 @@ class Graph:
         self._made, self._readers = {}, {}
 
     def remove(self, nodes: Iterable[Node]) -> None:
+        """Leaves them out; what they gave must not be read any more."""
         gone = set(map(id, nodes))
         self.nodes = [node for node in self.nodes if id(node) not in gone]
         self._made, self._readers = {}, {}
@@ -225,7 +226,7 @@ def _known(model: ModelProto, weights: set[str]) -> set[str]:
         inner = {i for a in node.attribute if a.HasField("g") for n in a.g.node for i in n.input}
         own = {o for a in node.attribute if a.HasField("g") for n in a.g.node for o in n.output}
         own |= {i.name for a in node.attribute if a.HasField("g") for i in (*a.g.input, *a.g.initializer)}
-        if node.op_type in _FIXED_SHAPE or all(i in known for i in (*node.input, *(inner - own))):
+        if node.op_type == "Shape" or all(i in known for i in (*node.input, *(inner - own))):
             known.update(node.output)
     return known
 
@@ -292,12 +293,17 @@ def _without_roundings(model: ModelProto) -> tuple[ModelProto, dict[str, Codes],
             raise said.refuse("only one scale and one zero point of 8 unsigned bits for all have a native form")
         else:
             rounded[node.output[0]] = before.input[0], Rounding(float(scale.reshape(())), int(zero.reshape(())))
+    for number, node in enumerate(graph.node):
+        codes_of = {i for i in node.input if i in made and made[i].op_type == "QuantizeLinear"}
+        if codes_of and node.op_type != "DequantizeLinear":
+            raise _node(node, number).refuse("reads 8-bit numbers; only a DequantizeLinear may")
     roundings: dict[str, Rounding] = {}
     kept = [n for n in graph.node if n.op_type not in ("QuantizeLinear", "DequantizeLinear")]
-    if any(o.name in rounded for o in graph.output):
+    given = {o.name for o in graph.output}
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") and given & set(node.output) for node in graph.node):
         raise InputError("an output of the graph is rounded; only what layers read can be")
     for node in kept:
-        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in codes and node.input[0] in rounded:
+        if node.op_type in _LAYERS and node.input[1] in codes and node.input[0] in rounded:
             roundings[node.output[0]] = rounded[node.input[0]][1]
         for place, name in enumerate(node.input):
             while name in rounded:

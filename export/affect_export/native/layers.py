@@ -137,6 +137,8 @@ def _norm(context: Context, node: Node) -> None:
     x = builder.dense(context.view(node.inputs[0]))
     n = x.shape[-1]
     gamma, beta = (*node.inputs[1:], "", "")[:2]
+    if any(context.graph.readers(o) or context.graph.is_output(o) for o in node.outputs[1:]):
+        raise InputError("a norm gives its mean and deviation to nobody here")
     if node.attributes.get("axis", -1) % len(x.shape) != len(x.shape) - 1:
         raise InputError("only a norm over the last axis has a native form")
     if any(i and context.graph.constants.get(i, np.zeros(0)).size != n for i in (gamma, beta)):

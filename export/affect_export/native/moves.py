@@ -28,6 +28,7 @@ def each(context: Context, node: Node, function: Callable[[View], View], axis: C
 
 
 def sizes(context: Context, name: str) -> list[int]:
+    """The whole numbers that a constant holds."""
     found = context.graph.constants.get(name)
     if found is None:
         raise InputError("only constant axes and positions have a native form")

@@ -16,7 +16,6 @@ __all__ = ["OPS"]
 
 Lowering = Callable[[Context, Node], None]
 
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _UNARY = {
     "Abs": UnaryOp.ABS,
     "Erf": UnaryOp.ERF,
@@ -68,7 +67,7 @@ def _not(context: Context, node: Node) -> None:
 
 
 def _clip(context: Context, node: Node) -> None:
-    bounds = [-_FLOAT32_MAX, _FLOAT32_MAX]
+    bounds = [-np.inf, np.inf]
     for place, name in enumerate(node.inputs[1:]):
         found = context.graph.scalar(name) if name else bounds[place]
         if found is None:

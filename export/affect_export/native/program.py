@@ -31,7 +31,8 @@ __all__ = [
     "ReduceOp",
     "UnaryOp",
     "align",
-    "to_bytes", "write_programs",
+    "to_bytes",
+    "write_programs",
 ]
 
 ALIGNMENT = 64

@@ -26,16 +26,17 @@ def _rule(used: str = "", **fixed: Any) -> _Rule:
     return _Rule(frozenset(used.split()), fixed)
 
 
+# How the input of an INT8 layer is rounded is put there by `graph.read_graph`, as "rounding".
 _WINDOW = {"auto_pad": "NOTSET"}
 _REDUCTION = _rule("keepdims axes", noop_with_empty_axes=0)
 _RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(
         (
             "Abs Add And Clip Div Equal Erf Exp Expand Floor GlobalAveragePool Greater GreaterOrEqual Identity IsNaN "
-            "Less LessOrEqual Log MatMul Max Min Mul Neg Not Or PRelu Pow Reciprocal Relu Sigmoid Slice Softplus Sqrt "
-            "Squeeze Sub Sum Tanh Tile Unsqueeze Where"
+            "Less LessOrEqual Log Max Min Mul Neg Not Or PRelu Pow Reciprocal Relu Sigmoid Slice Softplus Sqrt Squeeze "
+            "Sub Sum Tanh Tile Unsqueeze Where"
         ).split(),
-        _rule("rounding"),
+        _rule(),
     ),
     **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin"), _REDUCTION),
     "AveragePool": _rule("kernel_shape strides pads count_include_pad", ceil_mode=0, **_WINDOW),
@@ -51,6 +52,7 @@ _RULES: Mapping[str, _Rule] = {
     "InstanceNormalization": _rule("epsilon"),
     "LayerNormalization": _rule("axis epsilon", stash_type=1),
     "LeakyRelu": _rule("alpha"),
+    "MatMul": _rule("rounding"),
     "MaxPool": _rule("kernel_shape strides pads dilations", ceil_mode=0, storage_order=0, **_WINDOW),
     "Reshape": _rule("allowzero"),
     "Resize": _rule(

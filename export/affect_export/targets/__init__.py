@@ -15,7 +15,18 @@ __all__ = ["TARGETS", "GraphSource", "Plan", "Target", "WrittenGraph", "find_tar
 
 TARGETS: dict[str, Target] = {
     target.name: target
-    for target in (CPU, CPU_ARM64, NATIVE, NATIVE_ARM64, JETSON_ORIN, JETSON_ORIN_NANO, DESKTOP_4090, TRITON, TFLITE, ONNX)
+    for target in (
+        CPU,
+        CPU_ARM64,
+        NATIVE,
+        NATIVE_ARM64,
+        JETSON_ORIN,
+        JETSON_ORIN_NANO,
+        DESKTOP_4090,
+        TRITON,
+        TFLITE,
+        ONNX,
+    )
 }
 
 

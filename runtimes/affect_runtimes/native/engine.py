@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from affect_runtimes.base import GraphEngine
 from affect_runtimes.bundle import Bundle
-from affect_runtimes.errors import BundleError
+from affect_runtimes.errors import BundleError, InputError
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
 from affect_runtimes.native.library import INPUTS, OUTPUTS, TensorInfo, check, library
@@ -25,7 +25,8 @@ _MOST_AT_A_TIME = 16
 _LAYOUTS_KEPT = 64
 _F32 = np.dtype(np.float32)
 # Looked up once: each of these costs as much as some of the work.
-_address, _byte_at, _empty, _array = ctypes.addressof, ctypes.c_char.from_buffer, np.empty, np.ndarray
+_address, _empty, _array = ctypes.addressof, np.empty, np.ndarray
+_byte_at: Any = ctypes.c_char.from_buffer  # its declaration does not know that arrays are buffers
 
 
 class NativeEngine(GraphEngine):
@@ -84,8 +85,8 @@ class NativeEngine(GraphEngine):
             if array.shape != shape or (array.dtype is not _F32 and array.dtype != _F32):
                 return super().run(inputs)  # says what is wrong
             flags = array.flags
-            if not flags.c_contiguous:
-                array = np.ascontiguousarray(array)
+            if not (flags.c_contiguous and flags.aligned):
+                array = array.copy()
                 held.append(array)
                 flags = array.flags
             # The first is four times as fast, and only for what may be written to.
@@ -110,7 +111,7 @@ class NativeEngine(GraphEngine):
 
     def _layout(self, batch: int) -> "_Layout":
         if batch < 1:
-            raise IndexError  # `run` of the base says what is wrong
+            raise InputError(f"{self.graph.role}: the inputs hold {batch} streams, expected at least 1")
         if len(self._layouts) >= _LAYOUTS_KEPT:
             self._layouts.clear()
         layout = self._layouts[batch] = _Layout(self._inputs, self._outputs, batch)

@@ -40,7 +40,13 @@ WHAT_WORKS = (
 # Of affect_edge.h.
 INPUTS, OUTPUTS = 0, 1
 _MOST_RANK = 6
-_ERRORS: dict[int, type[AffectError]] = {6: BundleError, 7: IntegrityError, 8: StateError, 12: BundleError}
+_ERRORS: dict[int, type[AffectError]] = {
+    6: BundleError,
+    7: IntegrityError,
+    8: StateError,
+    9: BundleError,
+    12: BundleError,
+}
 _FloatPointer = ctypes.POINTER(ctypes.c_float)
 
 

@@ -115,7 +115,7 @@ def selective_scan(
             raise InputError(f"{name} must be an array of {rank} axes, none of them empty, not {_describe(array)}")
     (batch, length, channels), states = x.shape, a.shape[1]
     groups = b.shape[2] if isinstance(b, np.ndarray) and b.ndim == 4 else 1
-    if states > _MOST_STATES or channels % max(groups, 1):
+    if states > _MOST_STATES or groups < 1 or channels % groups:
         raise InputError(
             f"a scan takes up to {_MOST_STATES} states, and groups of equal size; found {states} states, and {groups} "
             f"groups of {channels} channels"
@@ -130,8 +130,8 @@ def selective_scan(
     after = np.zeros(held, np.float32) if state is None else _checked("state", state, held).copy()
     if out is None:
         y = np.empty(x.shape, np.float32)
-    elif not out.flags.c_contiguous or _checked("out", out, x.shape) is not out:
-        raise InputError("out must be contiguous")
+    elif _checked("out", out, x.shape) is not out or not out.flags.writeable:
+        raise InputError("out must be contiguous and writable")
     else:
         y = out
     flags = _SOFTPLUS * softplus | _BACKWARDS * backwards | _ADD * (out is not None)
@@ -153,10 +153,10 @@ def _lend(arguments: ctypes.Structure, **arrays: _FloatArray) -> None:
 
 
 def _checked(name: str, array: _FloatArray, shape: tuple[int, ...]) -> _FloatArray:
-    """Returns the array with contiguous memory, or says how it differs from what the scan needs."""
+    """Returns the array with contiguous, aligned memory, or says how it differs from what the scan needs."""
     if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.shape != shape:
         raise InputError(f"{name} must be a float32 array of shape {shape}, not {_describe(array)}")
-    return np.ascontiguousarray(array)
+    return np.require(array, requirements=("C", "A"))
 
 
 def _describe(value: object) -> str:

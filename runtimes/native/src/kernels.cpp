@@ -44,24 +44,12 @@ AFFECT_INLINE void quantize(const float *x, uint8_t *y, int64_t n, float scale, 
     const V magic = set(kMagic);  // its last byte is 0
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        const V v = min(max(load(x + i) / divisor, least), most);
-        alignas(64) float whole[kLanes];
-        alignas(64) int32_t bits[kLanes];
-        store(whole, v + magic);
-        __builtin_memcpy(bits, whole, sizeof bits);
-        for (int k = 0; k < kLanes; ++k) {
-            y[i + k] = static_cast<uint8_t>(bits[k] + zero);
-        }
+        store_bytes(y + i, min(max(load(x + i) / divisor, least), most) + magic, zero);
     }
     if (i < n) {
-        const V v = min(max(load_n(x + i, n - i) / divisor, least), most);
-        alignas(64) float whole[kLanes];
-        alignas(64) int32_t bits[kLanes];
-        store(whole, v + magic);
-        __builtin_memcpy(bits, whole, sizeof bits);
-        for (int64_t k = 0; k < n - i; ++k) {
-            y[i + k] = static_cast<uint8_t>(bits[k] + zero);
-        }
+        uint8_t rest[kLanes];
+        store_bytes(rest, min(max(load_n(x + i, n - i) / divisor, least), most) + magic, zero);
+        __builtin_memcpy(y + i, rest, static_cast<size_t>(n - i));
     }
 }
 
@@ -735,7 +723,7 @@ AFFECT_INLINE V advanced(V delta, V input, V a, V b, V h) {
     if constexpr (Zoh) {
         drive = drive * expm1_ratio(z);
     }
-    return fma(exp_small(z), h, drive);
+    return fma(exp_decay(z), h, drive);
 }
 
 template <bool Zoh>
@@ -744,7 +732,12 @@ AFFECT_INLINE void scan_channels(const ScanStepArgs &args, const float *delta, c
     if (n == kLanes) {
         const V b = load(args.b), c = load(args.c);
         int64_t d = 0;
-        for (; d + kLanes <= args.channels; d += kLanes) {
+        const char *ahead = static_cast<const char *>(args.ahead);
+        const int64_t share = args.ahead_bytes * kLanes / args.channels;
+        for (; d + kLanes <= args.channels; d += kLanes, ahead += share) {
+            for (int64_t i = 0; i < share; i += 64) {
+                __builtin_prefetch(ahead + i, 0, 2);
+            }
             V rows[kLanes];
             for (int64_t i = 0; i < kLanes; ++i) {
                 const int64_t at = (d + i) * n;
@@ -890,7 +883,7 @@ AFFECT_INLINE void scan_strips(const ScanArgs &args, int64_t d, int64_t count, c
             const V input = delta * x;
             V y = set(0.0f);
             for (int64_t k = 0; k < n; ++k) {
-                const V decay = exp_small(delta * load(a[k] + s * kLanes));
+                const V decay = exp_decay(delta * load(a[k] + s * kLanes));
                 if constexpr (N > 0) {
                     state[k][s] = fma(decay, state[k][s], input * set(bl[k]));
                     y = fma(set(cl[k]), state[k][s], y);

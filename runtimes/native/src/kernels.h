@@ -53,6 +53,9 @@ struct ScanStepArgs {
     int64_t channels, states;
     float dt;
     bool zoh, softplus;
+    // Weights of a layer to come: a scan leaves the way to memory idle, and a layer does little but wait for it.
+    const void *ahead;
+    int64_t ahead_bytes;
 };
 
 struct ScanArgs {

@@ -21,6 +21,7 @@ constexpr int64_t kMostSize = int64_t{1} << 40;
 constexpr uint64_t kMostWork = uint64_t{1} << 44;
 constexpr int64_t kMostInt8Inputs = 32768;  // sums of more products could leave 32 bits
 constexpr int64_t kLanes = 16;
+constexpr int64_t kMostAhead = 256 << 10;  // a part of the second cache
 constexpr int kMostRows = 256;  // of a linear layer, in one call of a kernel
 
 // Where an operand lies: which of the bases of a run, which piece of it, how many bytes behind that.
@@ -42,6 +43,9 @@ struct Program::Step {
     uint32_t flags;
     Ref refs[kMostOperands];  // in the order of the operands' fields
     int64_t v[kFields];
+    // Of a scan: the weights of the next linear layer.
+    const void *ahead;
+    int64_t ahead_bytes;
 };
 
 namespace {
@@ -601,6 +605,21 @@ Program *Program::read(const uint8_t *data, uint64_t size, const char *role, cha
         }
     }
     program->work_ = checker.work;
+    const void *ahead = nullptr;
+    int64_t ahead_bytes = 0;
+    for (uint32_t i = record.instructions; i-- > 0;) {
+        Step &step = program->steps_[i];
+        if (step.op == Op::linear) {
+            const bool int8 = step.flags & 1;
+            const int64_t inputs = int8 ? rounded_up(step.v[6], 4) : step.v[6];
+            const int64_t bytes = inputs * rounded_up(step.v[7], kLanes) * (int8 ? 1 : 4);
+            ahead = program->constants_ + step.refs[2].offset;
+            ahead_bytes = bytes < kMostAhead ? bytes : kMostAhead;
+        } else if (step.op == Op::scan_step) {
+            step.ahead = ahead;
+            step.ahead_bytes = ahead_bytes;
+        }
+    }
     return program;
 }
 
@@ -810,7 +829,8 @@ void Program::run(const Binding *inputs, const Binding *outputs, int streams, vo
                                  places.floats(r[4], s), places.floats(r[5], s), places.floats(r[6], s),
                                  places.floats(r[7], s), places.floats(r[8], s), places.floats(r[9], s),
                                  places.floats(r[10], s), places.floats(r[11], s), v[11], v[12],
-                                 dt == nullptr ? 1.0f : *dt, (step.flags & 1) != 0, (step.flags & 2) != 0});
+                                 dt == nullptr ? 1.0f : *dt, (step.flags & 1) != 0, (step.flags & 2) != 0,
+                                 step.ahead, s == 0 ? step.ahead_bytes : 0});
                     break;
                 }
                 case Op::scan:

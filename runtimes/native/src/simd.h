@@ -40,6 +40,11 @@ AFFECT_INLINE Mask less(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_
 AFFECT_INLINE Mask equal(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 AFFECT_INLINE V select(Mask m, V a, V b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
 AFFECT_INLINE V abs(V a) { return {_mm512_abs_ps(a.v)}; }
+// The low bytes of the integers in the low bits, put there by adding kMagic, plus `add`.
+AFFECT_INLINE void store_bytes(uint8_t *p, V a, int32_t add) {
+    const __m512i whole = _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(add));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(whole));
+}
 AFFECT_INLINE V floor(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 // The sign of b on the magnitude a.
 AFFECT_INLINE V with_sign(V a, V b) {
@@ -52,6 +57,8 @@ AFFECT_INLINE V power_of_two(V a) {
     return {_mm512_castsi512_ps(
         _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23), _mm512_set1_epi32(0x3F800000)))};
 }
+// p * 2^n, where n is the integer in the low bits of `whole`.
+AFFECT_INLINE V scaled(V p, V, V n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 // Lane i gets a[i / (16 >> shift)...]: each of the first 16 / n of p, n times.
 AFFECT_INLINE V spread(const float *p, int shift) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -353,6 +360,16 @@ AFFECT_INLINE V row_sums(const V *rows) {
 #endif
 
 #if !defined(__AVX512F__)
+AFFECT_INLINE V scaled(V p, V whole, V) { return p * power_of_two(whole); }
+AFFECT_INLINE void store_bytes(uint8_t *p, V a, int32_t add) {
+    alignas(64) float part[16];
+    alignas(64) int32_t bits[16];
+    store(part, a);
+    __builtin_memcpy(bits, part, sizeof bits);
+    for (int i = 0; i < 16; ++i) {
+        p[i] = static_cast<uint8_t>(bits[i] + add);
+    }
+}
 AFFECT_INLINE V load_n(const float *p, int64_t n) {
     alignas(64) float part[16] = {};
     for (int64_t i = 0; i < n; ++i) {

@@ -297,7 +297,7 @@ void scan_step() {
     same_everywhere("scan_step", both, [&](const Kernels &k, float *to) {
         Floats scratch(2 * channels);
         affect::ScanStepArgs args{x.p,         delta.p, a.p, b.p,      c.p, skips ? skip.p : nullptr, gates ? gate.p : nullptr, h.p,
-                                  to + channels, to,      scratch.p, channels, states, dt, zoh, soft};
+                                  to + channels, to,      scratch.p, channels, states, dt, zoh, soft, a.p, 4 * held};
         k.scan_step(args);
     });
     for (int64_t d = 0; d < channels; ++d) {

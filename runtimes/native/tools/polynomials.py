@@ -2,8 +2,8 @@
 
     python runtimes/native/tools/polynomials.py
 
-Each line is an array with the lowest power first and, behind it, the largest error of the fit in units of the last place
-of a float32 result, before the rounding of the arithmetic itself.
+Each line is an array with the lowest power first and, behind it, the largest error of the fit in units of the last
+place of a float32 result, before the rounding of the arithmetic itself.
 """
 
 import math
