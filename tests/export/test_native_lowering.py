@@ -643,6 +643,14 @@ def test_what_has_no_native_form_is_refused(name: str) -> None:
         lower(model, read_described(model))
 
 
+def test_codes_that_something_else_reads() -> None:
+    nodes = [node("QuantizeLinear", ["x", "s", "z"], ["c"]), node("Cast", ["c"], ["y"], to=TensorProto.FLOAT)]
+    constants: Arrays = {"s": np.array(0.1, np.float32), "z": np.array(3, np.uint8)}
+    model = made(nodes, {"x": (B, 3)}, {"y": (B, 3)}, constants)
+    with pytest.raises(InputError, match=r"Cast .*only a DequantizeLinear may"):
+        lower(model, read_described(model))
+
+
 def test_tensors_that_the_library_does_not_take() -> None:
     model = SINGLE["hands through"]
     graph = read_described(model)
@@ -716,7 +724,7 @@ def test_names_that_are_too_long(tmp_path: Path) -> None:
 def elements(view: View) -> Array:
     """Offsets of its elements."""
     fine = view.fine()
-    grid = np.full((1,) * len(fine.axes), fine.offset)
+    grid: Array = np.full((1,) * len(fine.axes), fine.offset)
     for axis, (n, stride) in enumerate(part for each in fine.axes for part in each):
         grid = grid + np.arange(n).reshape([-1 if a == axis else 1 for a in range(len(fine.axes))]) * stride
     return grid.reshape(view.shape)
@@ -726,7 +734,7 @@ def elements(view: View) -> Array:
 @given(st.data())
 def test_views_say_what_numpy_does(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4)))
-    array = np.arange(math.prod(shape)).reshape(shape)
+    array: Array = np.arange(math.prod(shape)).reshape(shape)
     view = View.of(Buffer(Place.ARENA, 4 * array.size), 0, shape, row_major(shape))
     for _ in range(data.draw(st.integers(1, 5))):
         axes = data.draw(st.permutations(range(array.ndim)))
