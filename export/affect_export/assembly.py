@@ -186,6 +186,8 @@ def record(folder: Path, report: GateReport, steps: int, more: dict[str, Any]) -
     del manifest["manifest_sha256"]
     figures = [f.to_json() for f in report.comparisons[NAME]]
     manifest["parity"] |= {"data": f"{NAME}, {steps} steps", "figures": figures}
+    if "ran_on" in more:
+        manifest["parity"]["ran_on"] = more["ran_on"]
     parity = {
         "data": NAME,
         "steps": steps,

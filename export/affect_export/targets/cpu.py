@@ -1,7 +1,7 @@
 """Targets `cpu` and `cpu-arm64`: ONNX Runtime with convolutions and linear layers in INT8 and the scan in fp32.
 
-A step that carries states is there twice, for ONNX Runtime and as a program of the native library, which a device that
-has the library prefers: at one stream, most of what ONNX Runtime takes is overhead (benchmarks/native_step.py).
+What has a recurrence in it, a step that carries states or an encoder that scans, is there twice, for ONNX Runtime and as
+a program of the native library, which a device that has the library prefers (`affect_export.targets.native`).
 
 Weights of the encoder have 7 bits in `cpu`: with them the fast integer instructions of every x86 processor are exact,
 where 8 bits overflow without VNNI unless ONNX Runtime takes a way around that costs what INT8 has gained. The step has
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from affect_export.targets.base import FP32_BOUNDS, INT8_BOUNDS, Plan, Target, WrittenGraph
-from affect_export.targets.native import native_step
+from affect_export.targets.native import native_beside
 from affect_export.targets.onnx import ONNX, write_all, write_model
 from affect_runtimes.onnxruntime import INT8, INT8_SEVEN_BIT_WEIGHTS
 
@@ -51,7 +51,7 @@ CPU = Target(
     builder=write_all,
     libraries=(*ONNX.libraries, "native"),
     quantizer=partial(_quantize, encoder_bits=7),
-    packer=native_step,
+    packer=native_beside,
 )
 CPU_ARM64 = replace(
     CPU,

@@ -18,10 +18,11 @@ from affect_runtimes.errors import InputError, MissingDependencyError
 if TYPE_CHECKING:
     from affect_export.models.base import AffectModel
 
-__all__ = ["NATIVE", "NATIVE_ARM64", "WEIGHTS", "native_step", "pack"]
+__all__ = ["NATIVE", "NATIVE_ARM64", "WEIGHTS", "native_beside", "pack"]
 
 WEIGHTS = "model.native"
-_STEP = "step.native"
+# The operator of a recurrence over a whole sequence.
+_SCAN = "Scan"
 
 
 def _quantize(written: list[WrittenGraph], source: Path, folder: Path, plan: Plan) -> list[WrittenGraph]:
@@ -67,8 +68,11 @@ def pack(written: list[WrittenGraph], source: Path, folder: Path) -> Packed:
     return made, {"instructions": {role: len(program.instructions) for role, program in programs.items()}}
 
 
-def native_step(written: list[WrittenGraph], source: Path, folder: Path) -> Packed:
-    """Puts graphs into a bundle as they are, and beside a step that carries states its native form.
+def native_beside(written: list[WrittenGraph], source: Path, folder: Path) -> Packed:
+    """Puts graphs into a bundle as they are, and beside those with a recurrence in them their native form.
+
+    That is a step that carries states, or an encoder that scans: there a general engine spends most of its time on
+    overhead (benchmarks/native_step.py, benchmarks/scan_export.py). Others are as fast as they are.
 
     Args:
         written: encoder and step, as ONNX.
@@ -80,13 +84,14 @@ def native_step(written: list[WrittenGraph], source: Path, folder: Path) -> Pack
     from affect_export.native import lower, to_bytes
 
     made: list[WrittenGraph] = []
-    said = {}
+    said: dict[str, str] = {}
     for graph in written:
         for name in (graph.file, graph.data):
             if name is not None:
                 _link(source / name, folder / name)
+        model = onnx.load(source / graph.file, load_external_data=False)
         carries = any(t.name.startswith("next_") for t in graph.source.outputs)
-        if graph.source.role == "step" and carries:
+        if carries or any(node.op_type == _SCAN for node in model.graph.node):
             reason = native.unavailable_reason()
             if reason is None:
                 try:
@@ -94,11 +99,12 @@ def native_step(written: list[WrittenGraph], source: Path, folder: Path) -> Pack
                 except InputError as error:
                     reason = str(error)
                 else:
-                    (folder / _STEP).write_bytes(to_bytes({"step": program}))
-                    graph = replace(graph, native=_STEP)
-            said = {"native_step": "beside the graph" if reason is None else f"none: {reason}"}
+                    file = f"{graph.source.role}.native"
+                    (folder / file).write_bytes(to_bytes({graph.source.role: program}))
+                    graph = replace(graph, native=file)
+            said[graph.source.role] = "beside the graph" if reason is None else f"none: {reason}"
         made.append(graph)
-    return made, said
+    return made, {"native": said} if said else {}
 
 
 def _link(source: Path, target: Path) -> None:

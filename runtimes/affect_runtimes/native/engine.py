@@ -124,7 +124,7 @@ class NativeEngine(GraphEngine):
             check(self._library.affect_graph_tensor(self._handle, which, index, ctypes.byref(info)))
             sizes: list[int | str] = [int(n) for n in info.sizes[: info.rank]]
             sizes[info.batch_axis] = "batch"
-            found.append(Tensor(info.name.decode(), tuple(sizes), "float32"))
+            found.append(Tensor(info.name.decode(errors="replace"), tuple(sizes), "float32"))
         return found
 
 

@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -20,6 +21,9 @@ namespace affect {
 AFFECT_TABLE(portable)
 #if defined(AFFECT_HAVE_AVX2)
 AFFECT_TABLE(avx2)
+#endif
+#if defined(AFFECT_HAVE_AVXVNNI)
+AFFECT_TABLE(avxvnni)
 #endif
 #if defined(AFFECT_HAVE_AVX512)
 AFFECT_TABLE(avx512)
@@ -38,7 +42,7 @@ AFFECT_TABLE(neondot)
 namespace {
 
 struct Tables {
-    const Kernels *all[5];
+    const Kernels *all[7];
     const Kernels *chosen;
 };
 
@@ -59,6 +63,13 @@ Tables find_tables() noexcept {
 #if defined(AFFECT_HAVE_AVX512)
     if (avx512) {
         tables.all[count++] = &isa_avx512::table;
+    }
+#endif
+#if defined(AFFECT_HAVE_AVXVNNI)
+    // Not every compiler's __builtin_cpu_supports knows it.
+    unsigned int a = 0, b = 0, c = 0, d = 0;
+    if (avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0) {
+        tables.all[count++] = &isa_avxvnni::table;
     }
 #endif
 #if defined(AFFECT_HAVE_AVX2)

@@ -123,6 +123,8 @@ AFFECT_INLINE void products_int8(const uint8_t *const *x, const int8_t *w, Reach
 // How many rows and strips keep all sums in registers, and the multipliers busy.
 #if defined(__AVX512F__)
 constexpr int kRows = 8, kStrips = 2, kRows8 = 8, kStrips8 = 2, kOneRow = 4;
+#elif defined(__AVXVNNI__)
+constexpr int kRows = 4, kStrips = 1, kRows8 = 4, kStrips8 = 1, kOneRow = 4;
 #elif defined(__AVX2__)
 constexpr int kRows = 4, kStrips = 1, kRows8 = 2, kStrips8 = 1, kOneRow = 4;
 #elif defined(AFFECT_NEON)

@@ -438,6 +438,39 @@ AFFECT_INLINE V finished(Sums s, const int32_t *sums, int32_t zero) {
     return {_mm512_cvtepi32_ps(_mm512_sub_epi32(s.v, off))};
 }
 
+#elif defined(__AVXVNNI__)
+
+struct Sums {
+    __m256i v[2];
+};
+struct Codes {
+    __m256i v[2];
+};
+struct Bytes {
+    __m256i v;
+};
+AFFECT_INLINE Sums no_sums() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+AFFECT_INLINE Codes load_codes(const int8_t *p) {
+    return {{_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)),
+             _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 32))}};
+}
+AFFECT_INLINE Bytes repeat(const uint8_t *p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return {_mm256_set1_epi32(four)};
+}
+AFFECT_INLINE Sums add_products(Sums s, Bytes a, Codes w) {
+    return {{_mm256_dpbusd_avx_epi32(s.v[0], a.v, w.v[0]), _mm256_dpbusd_avx_epi32(s.v[1], a.v, w.v[1])}};
+}
+AFFECT_INLINE V finished(Sums s, const int32_t *sums, int32_t zero) {
+    __m256 y[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m256i of = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(sums + 8 * i));
+        y[i] = _mm256_cvtepi32_ps(_mm256_sub_epi32(s.v[i], _mm256_mullo_epi32(of, _mm256_set1_epi32(zero))));
+    }
+    return {y[0], y[1]};
+}
+
 #elif defined(__AVX512BW__) || defined(__AVX2__)
 
 // vpmaddubsw would saturate: both are widened to 16 bits first. A 32-bit lane has the sum of two products, so 16

@@ -1,0 +1,30 @@
+# cmake -DNM=... -DOBJECTS=... -P CheckSymbols.cmake: fails where a kernel object defines a symbol that another object
+# could define as well. The linker keeps one of them for all: should it be the one compiled for AVX-512, the portable
+# kernels would no longer run everywhere.
+if(NOT OBJECTS)
+  message(FATAL_ERROR "no object was named")
+endif()
+foreach(object ${OBJECTS})
+  # P: one line for each symbol, its name first and its type second.
+  execute_process(COMMAND "${NM}" -P -g "${object}" OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+  if(NOT object MATCHES "affect_kernels_([a-z0-9]+)")
+    message(FATAL_ERROR "${object} is not named after an instruction set")
+  endif()
+  set(own "isa_${CMAKE_MATCH_1}")
+  string(LENGTH "${own}" length)
+  if(NOT symbols MATCHES "_ZN6affect${length}${own}5tableE ")
+    message(FATAL_ERROR "${object} does not define the table of ${own}: ${symbols}")
+  endif()
+  string(REPLACE "\n" ";" lines "${symbols}")
+  foreach(line ${lines})
+    string(REGEX MATCH "^([^ ]+) ([A-Za-z])" matched "${line}")
+    set(name "${CMAKE_MATCH_1}")
+    # Undefined symbols are other objects' to define; what the sanitizers add is theirs.
+    if(NOT matched OR CMAKE_MATCH_2 STREQUAL "U" OR name MATCHES "^(__odr_asan|__(start|stop)___sancov|asan\\.|DW\\.ref)")
+      continue()
+    endif()
+    if(NOT name MATCHES "^_ZN?K?[A-Z]*N?6affect${length}${own}[0-9A-Z]")
+      message(FATAL_ERROR "${object} defines ${name} outside of its own namespace ${own}")
+    endif()
+  endforeach()
+endforeach()
