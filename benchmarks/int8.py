@@ -38,8 +38,11 @@ from affect_runtimes.model import BundleModel
 _BATCH = 64
 
 
-def made(checkpoint: Checkpoint, target: Target, folder: Path, method: str | None) -> BundleModel:
-    """A bundle that no gate has seen: in fp32, or in INT8 with every layer, by one rule for the ranges."""
+def made(checkpoint: Checkpoint, target: Target, folder: Path, method: str | None, packed: bool = False) -> BundleModel:
+    """A bundle that no gate has seen: in fp32, or in INT8 with every layer, by one rule for the ranges.
+
+    `packed`: with what the target's packer makes of the graphs.
+    """
     model = checkpoint.model
     floats, int8 = folder / "float", folder / "int8"
     floats.mkdir(parents=True)
@@ -54,6 +57,11 @@ def made(checkpoint: Checkpoint, target: Target, folder: Path, method: str | Non
             int8,
             "int8",
         )
+    if packed:
+        assert target.packer is not None
+        (folder / "packed").mkdir()
+        written, _ = target.packer(written, kept, folder / "packed")
+        kept = folder / "packed"
     bounds = target.bounds[precision]
     return assemble(checkpoint, target, precision, bounds, written, Verification(model, 8), kept)
 
@@ -85,6 +93,9 @@ def main() -> None:
         bundles = {"ONNX Runtime fp32": made(checkpoint, TARGETS["onnx"], folder / "onnx", None)}
         for method in METHODS:
             bundles[f"ONNX Runtime INT8, {method}"] = made(checkpoint, TARGETS["cpu"], folder / method, method)
+        bundles["as shipped: the same, step native"] = made(checkpoint, TARGETS["cpu"], folder / "cpu", METHOD, True)
+        bundles["native fp32"] = made(checkpoint, TARGETS["native"], folder / "native", None, True)
+        bundles["native INT8"] = made(checkpoint, TARGETS["native"], folder / "native8", METHOD, True)
         try:
             bundles["LiteRT fp32"] = made(checkpoint, TARGETS["tflite"], folder / "lite", None)
             bundles["LiteRT INT8"] = made(checkpoint, TARGETS["tflite"], folder / "lite8", METHOD)
