@@ -8,6 +8,8 @@ VENV ?= .venv
 TORCH_PIP_ARGS ?=
 # Arguments for pytest, for example PYTEST_ARGS="-m 'not slow'".
 PYTEST_ARGS ?=
+# How long `make fuzz` looks, all fuzzers together.
+FUZZ_SECONDS ?= 600
 
 SYSTEMS := mamba-va mamba-fer ag-ssm reno ms-vssm
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ LITERT := build/litert
 STUBS := build/tensorrt-stubs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install serves Python files from the tree, so only these make a new install necessary.
-INSTALL_INPUTS := pyproject.toml constraints.txt $(shell find cmake runtimes/native -type f)
+INSTALL_INPUTS := pyproject.toml constraints.txt $(shell find cmake runtimes/native -type f -not -path '*/tests/*')
 CXX_FILES := $(shell find runtimes/native -name '*.cpp' -o -name '*.h')
 
 # One pin list for what is installed and for what builds it. Builds are isolated, as they are for any user of pip: the
@@ -29,10 +31,11 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 SAY_IF_NATIVE = $(BIN)/python -c 'from affect_runtimes import native; print(native.unavailable_reason() or "native step library: ready")'
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev oracle litert stubs demo export test test-arm64 test-full-size check lint format wheel clean
+.PHONY: help install install-dev oracle litert stubs demo export test test-arm64 test-full-size check lint format wheel clean \
+	native native-sanitized native-arm64 fuzz
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -92,10 +95,62 @@ export: install ## the shipped student, exported and verified for this machine: 
 demo: export ## the dashcam demo on a real clip: out/dashcam
 	$(BIN)/affect-dashcam --demo-clip --bundle out/bundles/student-cpu --output out/dashcam
 
-test: check oracle litert stubs ## every check and every test
+test: check native native-sanitized native-arm64 oracle litert stubs ## every check and every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	PYTHONPATH=$(LITERT) $(BIN)/python -m pytest -m litert tests/export
 	$(MAKE) test-full-size
+
+# The native library alone. These want tools on the path, or in $(VENV), and where one is missing they say which package
+# of Debian has it; nothing is skipped. Usage: $(call configure,FOLDER), and so on.
+TOOL_PATH := PATH="$(PATH):$(abspath $(BIN))"
+need = @$(TOOL_PATH); command -v $(1) >/dev/null || { echo "make $@ needs $(1): apt install $(2)" >&2; exit 1; }
+need_sanitizers = @echo 'int main() {}' | clang++ -fsanitize=address,undefined -x c++ - -o /dev/null 2>/dev/null || { \
+	echo "make $@ needs clang's sanitizers: apt install libclang-rt-dev (Debian 12: libclang-rt-14-dev)" >&2; exit 1; }
+configure = $(TOOL_PATH) cmake -S cmake -B $(1) -DAFFECT_WERROR=ON
+build = $(TOOL_PATH) cmake --build $(1) --parallel $$(nproc)
+ctest = $(TOOL_PATH) ctest --test-dir $(1) --output-on-failure --parallel $$(nproc)
+GCC := -DCMAKE_C_COMPILER=gcc -DCMAKE_CXX_COMPILER=g++
+CLANG := -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
+ARM64_ROOT := /usr/aarch64-linux-gnu
+
+native: ## the native library with gcc, its tests, and its C example against what it installs: build/native-gcc
+	$(call need,cmake,cmake)
+	$(call need,g++,g++)
+	$(call need,clang,clang)
+	$(call configure,build/native-gcc) $(GCC) -DAFFECT_BUILD_TESTS=ON
+	$(call build,build/native-gcc)
+	$(call ctest,build/native-gcc)
+	$(TOOL_PATH) cmake --install build/native-gcc --prefix build/native-gcc/installed >/dev/null
+	@set -e; for compiler in gcc clang; do \
+		echo "print_affect.c with $$compiler"; \
+		$$compiler -std=c99 -Wall -Wextra -Werror -pedantic -Ibuild/native-gcc/installed/include \
+			runtimes/native/examples/print_affect.c -Lbuild/native-gcc/installed/lib -laffect_edge \
+			-o build/native-gcc/print_affect_$$compiler; done
+
+native-sanitized: ## the same with clang's address and undefined-behaviour sanitizers: build/native-sanitized
+	$(call need,cmake,cmake)
+	$(call need,clang++,clang)
+	$(need_sanitizers)
+	$(call configure,build/native-sanitized) $(CLANG) -DAFFECT_BUILD_TESTS=ON -DAFFECT_SANITIZE=address,undefined
+	$(call build,build/native-sanitized)
+	$(call ctest,build/native-sanitized)
+
+native-arm64: native ## the same for a Jetson, emulated with qemu, and its results compared with this machine's
+	$(call need,aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)
+	@test -e $(ARM64_ROOT)/include/stdio.h || { echo "make $@ needs a C library: apt install libc6-dev-arm64-cross" >&2; exit 1; }
+	$(call need,qemu-aarch64,qemu-user)
+	$(call configure,build/native-arm64) --toolchain $(CURDIR)/cmake/toolchains/aarch64-jetson.cmake -DAFFECT_BUILD_TESTS=ON
+	$(call build,build/native-arm64)
+	$(call ctest,build/native-arm64)
+	runtimes/native/tests/compare_digests.sh build/native-gcc build/native-arm64 qemu-aarch64 -L $(ARM64_ROOT)
+
+fuzz: ## weights files, manifests and saved states that nobody would write, for FUZZ_SECONDS: build/fuzz
+	$(call need,cmake,cmake)
+	$(call need,clang++,clang)
+	$(need_sanitizers)
+	$(call configure,build/fuzz) $(CLANG) -DAFFECT_FUZZ=ON -DAFFECT_SANITIZE=address,undefined
+	$(call build,build/fuzz) --target fuzzers
+	runtimes/native/tests/fuzz.sh build/fuzz $(FUZZ_SECONDS)
 
 test-arm64: install ## bundles on 64-bit Arm, emulated with qemu: wants Debian, and a network the first time
 	$(BIN)/affect-export --target cpu-arm64 --output build/arm64/bundles/student --force

@@ -39,6 +39,20 @@ def test_importing_the_sdk_loads_numpy_and_nothing_heavy() -> None:
     assert not NOT_AT_IMPORT & set(report["loaded"])
 
 
+def test_importing_the_native_engine_loads_no_library_at_all() -> None:
+    """Neither a heavy one nor its own, which is loaded when it is asked for."""
+    code = (
+        "import json, sys, affect_runtimes.native as native\n"
+        "loaded = native.library.library.cache_info().currsize\n"
+        "print(json.dumps([loaded, sorted({name.partition('.')[0] for name in sys.modules})]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    libraries, modules = json.loads(done.stdout)
+    assert libraries == 0
+    assert not NOT_AT_IMPORT & set(modules)
+
+
 def test_the_rooms_import_only_what_they_may() -> None:
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -27,7 +27,7 @@ PACKAGES = {
     "affect_runtimes": ROOT / "runtimes",
 }
 
-NATIVE_LIBRARY = re.compile(r"affect_runtimes/(lib)?affect_native\.(so|dylib|dll)")
+NATIVE_LIBRARY = re.compile(r"affect_runtimes/(lib)?affect_edge\.(so|dylib|dll)")
 
 WORKSTATION_ONLY = (
     "torch",
@@ -107,13 +107,17 @@ def wheel_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def package_files() -> set[str]:
-    """The files of the five packages in the tree, as they are named inside a wheel."""
-    return {
+    """The files of the five packages in the tree, as they are named inside a wheel.
+
+    A library that was built by hand may lie there, too, or a link to it; no wheel takes it along.
+    """
+    found = {
         file.relative_to(source).as_posix()
         for package, source in PACKAGES.items()
         for file in (source / package).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
+    return {name for name in found if not NATIVE_LIBRARY.fullmatch(name)}
 
 
 def test_the_wheel_holds_the_five_packages_with_their_data(wheel: Built) -> None:
@@ -222,6 +226,12 @@ def test_the_wheel_alone_finds_its_native_library(device: list[Path], wheel: Bui
     done = run_on_device(device, "from affect_runtimes import native; print(native.is_available())")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(any(NATIVE_LIBRARY.fullmatch(name) for name in wheel.names))
+
+
+def test_the_wheel_has_one_plain_library(wheel: Built) -> None:
+    """No links by which versions lie side by side, no header and no static library: a wheel cannot hold the first."""
+    found = [name for name in wheel.names if re.search(r"affect_edge\.(so|dylib|dll|a|h|pc)", name)]
+    assert all(NATIVE_LIBRARY.fullmatch(name) for name in found) and len(found) <= 1
 
 
 def test_the_wheel_alone_looks_for_faces(device: list[Path]) -> None:

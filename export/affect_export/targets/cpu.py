@@ -1,7 +1,7 @@
 """Targets `cpu` and `cpu-arm64`: ONNX Runtime with convolutions and linear layers in INT8 and the scan in fp32.
 
-What has a recurrence in it, a step that carries states or an encoder that scans, is there twice, for ONNX Runtime and as
-a program of the native library, which a device that has the library prefers (`affect_export.targets.native`).
+What has a recurrence in it, a step that carries states or an encoder that scans, is there twice, for ONNX Runtime and
+as a program of the native library, which a device that has the library prefers (`affect_export.targets.native`).
 
 Weights of the encoder have 7 bits in `cpu`: with them the fast integer instructions of every x86 processor are exact,
 where 8 bits overflow without VNNI unless ONNX Runtime takes a way around that costs what INT8 has gained. The step has

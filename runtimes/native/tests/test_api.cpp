@@ -9,33 +9,8 @@
 #include <thread>
 
 #include "check.h"
+#include "counting.h"
 #include "small_bundle.h"
-
-#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#if !defined(__has_feature)
-#define COUNTS_MEMORY 1
-#elif !__has_feature(address_sanitizer) && !__has_feature(thread_sanitizer) && !__has_feature(memory_sanitizer)
-#define COUNTS_MEMORY 1
-#endif
-#endif
-#ifndef COUNTS_MEMORY
-#define COUNTS_MEMORY 0
-#endif
-
-#if COUNTS_MEMORY
-namespace {
-// Of this thread: how many allocations there were, and how many more succeed.
-thread_local long allocations = 0, remaining = std::numeric_limits<long>::max();
-}  // namespace
-
-extern "C" void *__libc_malloc(size_t);
-extern "C" void *__libc_calloc(size_t, size_t);
-extern "C" void *__libc_realloc(void *, size_t);
-static bool may_allocate() { return ++allocations, remaining-- > 0; }
-extern "C" void *malloc(size_t size) { return may_allocate() ? __libc_malloc(size) : nullptr; }
-extern "C" void *calloc(size_t n, size_t size) { return may_allocate() ? __libc_calloc(n, size) : nullptr; }
-extern "C" void *realloc(void *old, size_t size) { return may_allocate() ? __libc_realloc(old, size) : nullptr; }
-#endif
 
 namespace {
 
@@ -536,7 +511,7 @@ void test_the_model_outlives_its_handle() {
 
 void test_threads() {
     const Fixture f;
-    std::string ends[4];
+    std::string ends[8];
     std::vector<std::thread> threads;
     for (std::string &end : ends) {
         threads.emplace_back([&f, &end] {

@@ -1,5 +1,8 @@
 // Every kernel, on random sizes, in every table that this processor can run: the same bits everywhere, and close to
 // sums in double.
+//
+//     test_kernels [rounds]
+//     test_kernels --digest [rounds]      one number for the results of the portable table, and nothing else computed
 
 #include <math.h>
 #include <stdint.h>
@@ -7,6 +10,7 @@
 #include <string.h>
 
 #include "check.h"
+#include "digest.h"
 #include "kernels.h"
 #include "program.h"
 
@@ -47,12 +51,19 @@ int tables() {
     return n;
 }
 
+bool digesting = false;
+Digest digest;
+
 // Runs `call` with every table into an array of its own, and compares the bits with the last table's, the portable one.
 template <typename Call>
 void same_everywhere(const char *what, Floats &y, const Call &call) {
     const int count = tables();
     const affect::FloatMode mode;
     call(*affect::all_kernels()[count - 1], y.p);
+    if (digesting) {
+        digest.floats(y.p, y.n);
+        return;
+    }
     for (int t = 0; t + 1 < count; ++t) {
         Floats other(y.n);
         call(*affect::all_kernels()[t], other.p);
@@ -229,6 +240,9 @@ void conv(bool int8) {
         int8 ? k.conv_int8(here) : k.conv(here);
         if (int8 && to == y.p) {
             memcpy(first, out, room);
+            if (digesting) {
+                digest.bytes(first, room);
+            }
         } else if (int8) {
             CHECK(memcmp(first, out, room) == 0);
         }
@@ -488,11 +502,14 @@ void others() {
 }  // namespace
 
 int main(int argc, char **argv) {
-    const int rounds = argc > 1 ? atoi(argv[1]) : 300;
-    for (int t = 0; t < tables(); ++t) {
+    digesting = argc > 1 && strcmp(argv[1], "--digest") == 0;
+    const int first = digesting ? 2 : 1, rounds = argc > first ? atoi(argv[first]) : 300;
+    for (int t = 0; t < tables() && !digesting; ++t) {
         printf("%s ", affect::all_kernels()[t]->name);
     }
-    printf("\n");
+    if (!digesting) {
+        printf("\n");
+    }
     for (int i = 0; i < rounds; ++i) {
         linear(false);
         linear(true);
@@ -502,6 +519,9 @@ int main(int argc, char **argv) {
         scan();
         conv_step();
         others();
+    }
+    if (digesting) {
+        digest.print();
     }
     return finish();
 }
