@@ -100,15 +100,15 @@ test: check native native-sanitized native-arm64 oracle litert stubs ## every ch
 	PYTHONPATH=$(LITERT) $(BIN)/python -m pytest -m litert tests/export
 	$(MAKE) test-full-size
 
-# The native library alone. These want tools on the path, or in $(VENV), and where one is missing they say which package
-# of Debian has it; nothing is skipped. Usage: $(call configure,FOLDER), and so on.
-TOOL_PATH := PATH="$(PATH):$(abspath $(BIN))"
-need = @$(TOOL_PATH); command -v $(1) >/dev/null || { echo "make $@ needs $(1): apt install $(2)" >&2; exit 1; }
+# The native library alone. These want tools on the path, or cmake in $(VENV), and where one is missing they say which
+# package of Debian has it; nothing is skipped. Usage: $(call configure,FOLDER), and so on.
+native native-sanitized native-arm64 fuzz: export PATH := $(PATH):$(abspath $(BIN))
+need = @command -v $(1) >/dev/null || { echo "make $@ needs $(1): apt install $(2)" >&2; exit 1; }
 need_sanitizers = @echo 'int main() {}' | clang++ -fsanitize=address,undefined -x c++ - -o /dev/null 2>/dev/null || { \
 	echo "make $@ needs clang's sanitizers: apt install libclang-rt-dev (Debian 12: libclang-rt-14-dev)" >&2; exit 1; }
-configure = $(TOOL_PATH) cmake -S cmake -B $(1) -DAFFECT_WERROR=ON
-build = $(TOOL_PATH) cmake --build $(1) --parallel $$(nproc)
-ctest = $(TOOL_PATH) ctest --test-dir $(1) --output-on-failure --parallel $$(nproc)
+configure = cmake -S cmake -B $(1) -DAFFECT_WERROR=ON
+build = cmake --build $(1) --parallel $$(nproc)
+ctest = ctest --test-dir $(1) --output-on-failure --parallel $$(nproc)
 GCC := -DCMAKE_C_COMPILER=gcc -DCMAKE_CXX_COMPILER=g++
 CLANG := -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
 ARM64_ROOT := /usr/aarch64-linux-gnu
@@ -120,7 +120,7 @@ native: ## the native library with gcc, its tests, and its C example against wha
 	$(call configure,build/native-gcc) $(GCC) -DAFFECT_BUILD_TESTS=ON
 	$(call build,build/native-gcc)
 	$(call ctest,build/native-gcc)
-	$(TOOL_PATH) cmake --install build/native-gcc --prefix build/native-gcc/installed >/dev/null
+	cmake --install build/native-gcc --prefix build/native-gcc/installed >/dev/null
 	@set -e; for compiler in gcc clang; do \
 		echo "print_affect.c with $$compiler"; \
 		$$compiler -std=c99 -Wall -Wextra -Werror -pedantic -Ibuild/native-gcc/installed/include \
