@@ -87,9 +87,16 @@ class GraphEngine(ABC):
         wanted = {t.name for t in self.graph.inputs}
         if set(inputs) != wanted:
             raise InputError(f"{self.graph.role}: takes the inputs {sorted(wanted)}, found {sorted(inputs)}")
-        batch = inputs[self.graph.inputs[0].name].shape[self.graph.inputs[0].batch_axis]
+        first = self.graph.inputs[0]
+        shape = getattr(inputs[first.name], "shape", ())
+        # Of an array without a batch axis, 1 leads to the error below.
+        batch = shape[first.batch_axis] if len(shape) > first.batch_axis else 1
+        if batch < 1:
+            raise InputError(f"{self.graph.role}: the inputs hold 0 streams, expected at least 1")
         for tensor in self.graph.inputs:
-            array = inputs[tensor.name]
+            array: Any = inputs[tensor.name]
+            if not hasattr(array, "dtype"):
+                raise InputError(f"{self.graph.role}: input {tensor.name!r} is no array but a {type(array).__name__}")
             if array.shape != tensor.sized(batch) or array.dtype != np.dtype(tensor.dtype):
                 raise InputError(
                     f"{self.graph.role}: input {tensor.name!r} takes {tensor.dtype} {tensor.sized(batch)}, "

@@ -58,7 +58,7 @@ def replay(model: BundleModel) -> list[Figure]:
     missed = [f for f in figures if f.passed is False]
     if missed:
         raise ParityError(
-            f"{model.bundle.path}: {manifest.engine} on this machine is not the exported model: "
+            f"{model.bundle.path}: {' and '.join(sorted(set(model.engines.values())))} on this machine is not the exported model: "
             + "; ".join(str(f) for f in missed)
         )
     return figures
