@@ -57,8 +57,9 @@ def replay(model: BundleModel) -> list[Figure]:
         raise BundleError(f"{model.bundle.path}: no figure has a bound; it states {stated}, which no output here has")
     missed = [f for f in figures if f.passed is False]
     if missed:
+        ran = " and ".join(sorted(set(model.engines.values())))
         raise ParityError(
-            f"{model.bundle.path}: {' and '.join(sorted(set(model.engines.values())))} on this machine is not the exported model: "
+            f"{model.bundle.path}: {ran} on this machine is not the exported model: "
             + "; ".join(str(f) for f in missed)
         )
     return figures
