@@ -1,5 +1,5 @@
-// What a fuzzer is made of: `fuzz_one`, which libFuzzer calls with bytes that it has found, and which the tests of every
-// build call with those that were kept (fuzz_main.cpp).
+// What a fuzzer is made of: `fuzz_one`, which libFuzzer calls with bytes that it has found, and which the tests of
+// every build call with those that were kept (fuzz_main.cpp).
 #ifndef AFFECT_FUZZ_H
 #define AFFECT_FUZZ_H
 

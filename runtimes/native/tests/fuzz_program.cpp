@@ -82,9 +82,9 @@ class Tensors {
   private:
     // Ordinary numbers, and among them those at which conversions and comparisons go wrong.
     static void fill(char *memory, uint64_t bytes) {
-        static const uint32_t numbers[] = {0x3f000000, 0xbf800000, 0x3e99999a, 0x40a00000, 0x7fc00000, 0xc2c80000,
-                                           0x7f800000, 0x80000000, 0x00000001, 0xff7fffff, 0x4f000000, 0xff800000,
-                                           0x33d6bf95};
+        static const uint32_t numbers[] = {0x3f000000, 0xbf800000, 0x3e99999a, 0x40a00000, 0x7fc00000,
+                                           0xc2c80000, 0x7f800000, 0x80000000, 0x00000001, 0xff7fffff,
+                                           0x4f000000, 0xff800000, 0x33d6bf95};
         for (uint64_t i = 0; i < bytes / sizeof(float); ++i) {
             std::memcpy(memory + i * sizeof(float), &numbers[i % (sizeof(numbers) / sizeof(numbers[0]))],
                         sizeof(float));
@@ -161,8 +161,8 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t mos
     }
     std::memcpy(&header, data, sizeof(header));
     const uint64_t graphs = (size - sizeof(header)) / sizeof(record);
-    const uint64_t at = sizeof(header) + random(header.graphs < graphs && header.graphs > 0 ? header.graphs : 1) *
-                                             sizeof(record);
+    const uint64_t at =
+        sizeof(header) + random(header.graphs < graphs && header.graphs > 0 ? header.graphs : 1) * sizeof(record);
     std::memcpy(&record, data + at, sizeof(record));
     const auto number = [&]() -> uint64_t {
         switch (random(6)) {
@@ -177,10 +177,9 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t mos
             case 4:
                 return uint64_t{0} - random(8);
             default:
-                return static_cast<uint64_t>(affect::operand(static_cast<affect::Place>(random(6)),
-                                                             static_cast<int>(random(4)),
-                                                             static_cast<int64_t>(random(2) == 0 ? random(8) * 64
-                                                                                                 : random(4096) * 4)));
+                return static_cast<uint64_t>(
+                    affect::operand(static_cast<affect::Place>(random(6)), static_cast<int>(random(4)),
+                                    static_cast<int64_t>(random(2) == 0 ? random(8) * 64 : random(4096) * 4)));
         }
     };
     const uint64_t rounds = 1 + random(3);

@@ -114,15 +114,18 @@ inline std::vector<Builder> programs() {
         // Strips of 16 outputs in groups of 4: 83 outputs are one whole group and a rest.
         Builder &b = begin(("linear-" + std::to_string(act)).c_str());
         const int64_t n = act == 2 ? 83 : 20, wide = (n + 15) / 16 * 16, k = 5, rows = 3;
-        const int64_t x = b.input({1, 3, 5}), y = b.output({1, 3, static_cast<uint64_t>(n)}), more = b.scratch(rows * n * 4);
+        const int64_t x = b.input({1, 3, 5}), y = b.output({1, 3, static_cast<uint64_t>(n)}),
+                      more = b.scratch(rows * n * 4);
         b.add(Op::fill, {more, rows * n, bits(0.25f)});
         const bool rich = act % 2 == 0;
-        b.add(Op::linear, {x, y, b.weights(k * wide), rich ? b.weights(wide) : 0, rich ? more : 0, rows, k, n, k, n, act});
+        b.add(Op::linear,
+              {x, y, b.weights(k * wide), rich ? b.weights(wide) : 0, rich ? more : 0, rows, k, n, k, n, act});
     }
     for (const bool rich : {false, true}) {
         Builder &b = begin(rich ? "linear-int8-rich" : "linear-int8");
         const int64_t n = rich ? 70 : 17, wide = (n + 15) / 16 * 16, k = 6, rows = 2;
-        const int64_t x = b.input({1, 2, 6}), y = b.output({1, 2, static_cast<uint64_t>(n)}), more = b.scratch(rows * n * 4);
+        const int64_t x = b.input({1, 2, 6}), y = b.output({1, 2, static_cast<uint64_t>(n)}),
+                      more = b.scratch(rows * n * 4);
         b.add(Op::fill, {more, rows * n, bits(-0.5f)});
         b.add(Op::linear,
               {x, y, b.codes(8 * wide), rich ? b.weights(wide) : 0, rich ? more : 0, rows, k, n, k, n, rich ? 1 : 0,
@@ -132,11 +135,13 @@ inline std::vector<Builder> programs() {
     for (const uint32_t flags : {0u, 1u}) {
         Builder &b = begin(flags == 0 ? "norm" : "norm-rms", "encoder");
         const int64_t x = b.input({1, 3, 19}), y = b.output({1, 3, 19});
-        b.add(Op::norm, {x, y, flags == 0 ? b.weights(19) : 0, flags == 0 ? b.weights(19) : 0, 3, 19, bits(1e-5f)}, flags);
+        b.add(Op::norm, {x, y, flags == 0 ? b.weights(19) : 0, flags == 0 ? b.weights(19) : 0, 3, 19, bits(1e-5f)},
+              flags);
     }
     {
         Builder &b = begin("conv-step");
-        const int64_t x = b.input({1, 21}), state = b.input({1, 21, 3}), y = b.output({1, 21}), next = b.output({1, 21, 3});
+        const int64_t x = b.input({1, 21}), state = b.input({1, 21, 3}), y = b.output({1, 21}),
+                      next = b.output({1, 21, 3});
         b.add(Op::conv_step, {x, state, y, next, b.weights(21 * 4), b.weights(21), 21, 4, 2});
         b.add(Op::conv_step, {x, state, y, 0, b.weights(21 * 4), 0, 21, 4, 0});
     }
@@ -150,32 +155,41 @@ inline std::vector<Builder> programs() {
         const int64_t y = b.output({1, channels});
         const bool rich = flags % 2 == 0;
         b.add(Op::scan_step,
-              {x, delta, rich ? dt : 0, b.weights(d * n, -1.5f), in_b, in_c, rich ? b.weights(d) : 0, rich ? gate : 0, h,
-               next, y, d, n, b.scratch(2 * d * 4)},
+              {x, delta, rich ? dt : 0, b.weights(d * n, -1.5f), in_b, in_c, rich ? b.weights(d) : 0, rich ? gate : 0,
+               h, next, y, d, n, b.scratch(2 * d * 4)},
               flags);
     }
     for (uint32_t flags = 0; flags < 16; flags += 2) {
         Builder &b = begin(("scan-" + std::to_string(flags)).c_str(), "encoder");
         const int64_t l = 6, d = flags == 2 ? 34 : 6, n = flags == 4 ? 16 : 4, g = 2;
         const auto channels = static_cast<uint64_t>(d), states = static_cast<uint64_t>(n);
-        const int64_t x = b.input({1, 6, channels}), delta = b.input({1, 6, channels}), in_b = b.input({1, 6, 2, states});
+        const int64_t x = b.input({1, 6, channels}), delta = b.input({1, 6, channels}),
+                      in_b = b.input({1, 6, 2, states});
         const int64_t in_c = b.input({1, 6, 2, states}), before = b.input({1, channels, states});
         const int64_t after = b.output({1, channels, states}), y = b.output({1, 6, channels});
         const bool rich = flags % 4 == 0;
         b.add(Op::fill, {y, l * d, bits(1.0f)});
         b.add(Op::scan,
-              {x,     delta,
+              {x,
+               delta,
                b.weights(d * n, -1.5f),
-               in_b,  in_c,
+               in_b,
+               in_c,
                rich ? b.weights(d) : 0,
                rich ? before : 0,
                rich ? after : 0,
-               y,     l,
-               d,     n,
-               g,     d,
-               d,     g * n,
-               g * n, d,
-               n,     n,
+               y,
+               l,
+               d,
+               n,
+               g,
+               d,
+               d,
+               g * n,
+               g * n,
+               d,
+               n,
+               n,
                flags >= 8 ? 3 : 0},
               flags);
     }
@@ -238,11 +252,39 @@ inline std::vector<Builder> programs() {
         const int64_t padded = b.scratch(6 * 7 * 4), codes = b.scratch(6 * 7 * q), more = b.scratch(4 * 5 * n * 4);
         b.add(Op::pad, {x, padded, 4, 5, 3, 4, 1, 1, 1, 1, bits(0.02f), 7}, 1);
         b.add(Op::fill, {more, 4 * 5 * n, bits(0.125f)});
-        b.add(Op::conv, {padded, b.codes(36 * wide), b.weights(wide), 6, 7, 4, 3, 3, 1, 1, 1, 1, 4, 5, n, 1, 0, more,
-                         b.weights(wide, 0.01f), b.sums(wide), bits(0.02f), 7, codes, 1, 1, 1, 1, q, bits(0.05f), 9},
+        b.add(Op::conv, {padded,
+                         b.codes(36 * wide),
+                         b.weights(wide),
+                         6,
+                         7,
+                         4,
+                         3,
+                         3,
+                         1,
+                         1,
+                         1,
+                         1,
+                         4,
+                         5,
+                         n,
+                         1,
+                         0,
+                         more,
+                         b.weights(wide, 0.01f),
+                         b.sums(wide),
+                         bits(0.02f),
+                         7,
+                         codes,
+                         1,
+                         1,
+                         1,
+                         1,
+                         q,
+                         bits(0.05f),
+                         9},
               1);
-        b.add(Op::conv, {codes, b.codes(9 * q * 16), 0, 6, 7, q, 3, 3, 1, 1, 1, 1, 4, 5, 2, 0, y, 0,
-                         b.weights(16, 0.01f), b.sums(16), bits(0.05f), 9},
+        b.add(Op::conv, {codes, b.codes(9 * q * 16),  0,          6,           7, q, 3, 3, 1, 1, 1, 1, 4, 5, 2, 0, y,
+                         0,     b.weights(16, 0.01f), b.sums(16), bits(0.05f), 9},
               1);
     }
     {

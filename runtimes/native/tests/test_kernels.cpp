@@ -26,7 +26,9 @@ uint32_t random_bits() {
     return static_cast<uint32_t>(state >> 16);
 }
 int64_t between(int64_t least, int64_t most) { return least + random_bits() % (most - least + 1); }
-float uniform(float low, float high) { return low + (high - low) * static_cast<float>(random_bits() >> 8) / 16777216.0f; }
+float uniform(float low, float high) {
+    return low + (high - low) * static_cast<float>(random_bits() >> 8) / 16777216.0f;
+}
 
 // Memory that the sanitizer guards to the byte.
 struct Floats {
@@ -148,7 +150,8 @@ void linear(bool int8) {
                     product = (code - args.zero) * codes[packed(k, n, in, outputs, 4)] *
                               static_cast<double>(args.scale * scales.p[n]);
                 } else {
-                    product = static_cast<double>(xs[r][k]) * static_cast<double>(w.p[packed(k, n, inputs, outputs, 1)]);
+                    product =
+                        static_cast<double>(xs[r][k]) * static_cast<double>(w.p[packed(k, n, inputs, outputs, 1)]);
                 }
                 total += product;
                 size += fabs(product);
@@ -256,7 +259,9 @@ void conv(bool int8) {
                         for (int64_t c = 0; c < channels; ++c) {
                             const int64_t k = (ky * args.kernel_width + kx) * channels + c;
                             const int64_t at = ((oy * args.stride_height + ky * args.dilation_height) * args.in_width +
-                                                ox * args.stride_width + kx) * channels + c;
+                                                ox * args.stride_width + kx) *
+                                                   channels +
+                                               c;
                             const double product =
                                 int8 ? static_cast<double>(args.scale * scales.p[n]) * (bytes[at] - args.zero) *
                                            codes[packed(k, n, inputs, outputs, 4)]
@@ -274,7 +279,8 @@ void conv(bool int8) {
                 if (int8) {
                     float code = nearbyintf(y.p[at] / args.codes_scale) + static_cast<float>(args.codes_zero);
                     code = code < 0 ? 0 : code > 255 ? 255 : code;
-                    CHECK(first[((args.top + oy) * line + args.left + ox) * args.pitch + n] == static_cast<uint8_t>(code));
+                    CHECK(first[((args.top + oy) * line + args.left + ox) * args.pitch + n] ==
+                          static_cast<uint8_t>(code));
                 }
             }
         }
@@ -297,7 +303,8 @@ double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 void scan_step() {
     static const int64_t sizes[] = {1, 2, 3, 4, 5, 8, 16, 17, 32, 64};
     const int64_t channels = between(1, 70), states = sizes[between(0, 9)], held = channels * states;
-    Floats x(channels), delta(channels, -3, 3), a(held, -16, -0.01f), b(states), c(states), skip(channels), gate(channels, -4, 4);
+    Floats x(channels), delta(channels, -3, 3), a(held, -16, -0.01f), b(states), c(states), skip(channels),
+        gate(channels, -4, 4);
     Floats h(held);
     a.p[0] = -1e-35f;  // where the ratio of the zero-order hold is its limit
     const bool zoh = between(0, 1), soft = between(0, 1), skips = between(0, 1), gates = between(0, 1);
@@ -310,8 +317,24 @@ void scan_step() {
     Floats both(channels + held);
     same_everywhere("scan_step", both, [&](const Kernels &k, float *to) {
         Floats scratch(2 * channels);
-        affect::ScanStepArgs args{x.p,         delta.p, a.p, b.p,      c.p, skips ? skip.p : nullptr, gates ? gate.p : nullptr, h.p,
-                                  to + channels, to,      scratch.p, channels, states, dt, zoh, soft, a.p, 4 * held};
+        affect::ScanStepArgs args{x.p,
+                                  delta.p,
+                                  a.p,
+                                  b.p,
+                                  c.p,
+                                  skips ? skip.p : nullptr,
+                                  gates ? gate.p : nullptr,
+                                  h.p,
+                                  to + channels,
+                                  to,
+                                  scratch.p,
+                                  channels,
+                                  states,
+                                  dt,
+                                  zoh,
+                                  soft,
+                                  a.p,
+                                  4 * held};
         k.scan_step(args);
     });
     for (int64_t d = 0; d < channels; ++d) {
@@ -322,8 +345,8 @@ void scan_step() {
         for (int64_t n = 0; n < states; ++n) {
             const double z = step * static_cast<double>(a.p[d * states + n]);
             const double ratio = zoh && z < -1e-30 ? expm1(z) / z : 1;
-            const double now = exp(z) * static_cast<double>(h.p[d * states + n]) +
-                               ratio * step * static_cast<double>(b.p[n]) * in;
+            const double now =
+                exp(z) * static_cast<double>(h.p[d * states + n]) + ratio * step * static_cast<double>(b.p[n]) * in;
             close(static_cast<double>(both.p[channels + d * states + n]), now, 1 + fabs(step));
             y += static_cast<double>(c.p[n]) * now;
             size += fabs(now);
@@ -349,9 +372,30 @@ void scan() {
         }
     }
     Floats y(length * channels + held), initial(length * channels);
-    affect::ScanArgs args{x.p, delta.p, a.p, b.p, c.p, skips ? skip.p : nullptr, starts ? before.p : nullptr, nullptr, nullptr,
-                          length, channels, states, groups, channels, channels, groups * states, groups * states, channels,
-                          states, states, soft, backwards, add, by_columns ? rows : 0};
+    affect::ScanArgs args{x.p,
+                          delta.p,
+                          a.p,
+                          b.p,
+                          c.p,
+                          skips ? skip.p : nullptr,
+                          starts ? before.p : nullptr,
+                          nullptr,
+                          nullptr,
+                          length,
+                          channels,
+                          states,
+                          groups,
+                          channels,
+                          channels,
+                          groups * states,
+                          groups * states,
+                          channels,
+                          states,
+                          states,
+                          soft,
+                          backwards,
+                          add,
+                          by_columns ? rows : 0};
     same_everywhere("scan", y, [&](const Kernels &k, float *to) {
         memcpy(to, initial.p, static_cast<size_t>(initial.n) * sizeof(float));
         affect::ScanArgs here = args;
@@ -411,7 +455,8 @@ void others() {
     const int64_t rows = between(1, 4), n = between(1, 60);
     Floats x(rows * n, -5, 5), gamma(n), beta(n), y(rows * n);
     const bool rms = between(0, 1);
-    same_everywhere("norm", y, [&](const Kernels &k, float *to) { k.norm({x.p, to, gamma.p, beta.p, rows, n, 1e-5f, rms}); });
+    same_everywhere("norm", y,
+                    [&](const Kernels &k, float *to) { k.norm({x.p, to, gamma.p, beta.p, rows, n, 1e-5f, rms}); });
     for (int64_t r = 0; r < rows; ++r) {
         double mean = 0, square = 0;
         for (int64_t i = 0; i < n; ++i) {
@@ -457,8 +502,16 @@ void others() {
         same_everywhere("binary", out, [&](const Kernels &k, float *to) { k.binary(op, a.p, sa, b.p, sb, to, n); });
         for (int64_t i = 0; i < n; ++i) {
             const double u = static_cast<double>(a.p[i * sa]), v = static_cast<double>(b.p[i * sb]);
-            const double wanted[] = {u + v, u - v, u * v, u / v, fmax(u, v), fmin(u, v), u < 0 ? u * v : u,
-                                     u > v ? 1.0 : 0.0, u < v ? 1.0 : 0.0, u == v ? 1.0 : 0.0};
+            const double wanted[] = {u + v,
+                                     u - v,
+                                     u * v,
+                                     u / v,
+                                     fmax(u, v),
+                                     fmin(u, v),
+                                     u < 0 ? u * v : u,
+                                     u > v ? 1.0 : 0.0,
+                                     u < v ? 1.0 : 0.0,
+                                     u == v ? 1.0 : 0.0};
             close(static_cast<double>(out.p[i]), wanted[op], 1);
         }
     }
@@ -489,7 +542,8 @@ void others() {
     depth.in_height = (depth.height - 1) * depth.stride_height + depth.kernel_height;
     depth.in_width = (depth.width - 1) * depth.stride_width + depth.kernel_width;
     Floats picture(depth.in_height * depth.in_width * depth.channels);
-    Floats w(depth.kernel_height * depth.kernel_width * depth.channels), made(depth.height * depth.width * depth.channels);
+    Floats w(depth.kernel_height * depth.kernel_width * depth.channels),
+        made(depth.height * depth.width * depth.channels);
     depth.x = picture.p;
     depth.weights = w.p;
     same_everywhere("depthwise", made, [&](const Kernels &k, float *to) {

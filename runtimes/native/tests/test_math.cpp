@@ -21,7 +21,7 @@ struct Function {
     const char *name;
     UnaryOp op;
     double (*exact)(double);
-    double most;      // error in units of the last place
+    double most;        // error in units of the last place
     double negligible;  // below it, an absolute error of this size instead: what is left of a sum near 0
 };
 
@@ -32,9 +32,9 @@ double gelu(double x) { return 0.5 * x * erfc(-x / 1.41421356237309504880); }
 
 // The errors that the documentation states.
 const Function functions[] = {
-    {"exp", UnaryOp::exp, exp, 1.0, 0},         {"sigmoid", UnaryOp::sigmoid, sigmoid, 2.5, 0},
-    {"silu", UnaryOp::silu, silu, 3.0, 1.1e-36},      {"softplus", UnaryOp::softplus, softplus, 2.5, 2e-38},
-    {"tanh", UnaryOp::tanh, tanh, 2.5, 0},      {"gelu", UnaryOp::gelu, gelu, 7.0, 1e-30},
+    {"exp", UnaryOp::exp, exp, 1.0, 0},          {"sigmoid", UnaryOp::sigmoid, sigmoid, 2.5, 0},
+    {"silu", UnaryOp::silu, silu, 3.0, 1.1e-36}, {"softplus", UnaryOp::softplus, softplus, 2.5, 2e-38},
+    {"tanh", UnaryOp::tanh, tanh, 2.5, 0},       {"gelu", UnaryOp::gelu, gelu, 7.0, 1e-30},
     {"erf", UnaryOp::erf, erf, 2.5, 0},
 };
 
@@ -113,9 +113,10 @@ int main(int argc, char **argv) {
                     continue;
                 }
                 const double at = fabs(static_cast<double>(x[i])) < smallest ? 0 : static_cast<double>(x[i]);
-                const double exact = isinf(at) && at < 0 && (function.op == UnaryOp::silu || function.op == UnaryOp::gelu)
-                                         ? 0
-                                         : function.exact(at);
+                const double exact =
+                    isinf(at) && at < 0 && (function.op == UnaryOp::silu || function.op == UnaryOp::gelu)
+                        ? 0
+                        : function.exact(at);
                 if (isinf(at) && at < 0 && (function.op == UnaryOp::silu || function.op == UnaryOp::gelu)) {
                     continue;  // infinity times 0
                 }
