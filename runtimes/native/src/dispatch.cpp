@@ -16,7 +16,7 @@ namespace affect {
 // Each table is in an object of its own, compiled for its instruction set.
 #define AFFECT_TABLE(name)          \
     namespace isa_##name {          \
-    extern const Kernels table;     \
+        extern const Kernels table; \
     }
 AFFECT_TABLE(portable)
 #if defined(AFFECT_HAVE_AVX2)

@@ -3,16 +3,16 @@
 // Errors, measured over every float32 by the tests, in units of the last place: see tests/test_math.cpp. Below the
 // smallest normal number (1.2e-38) results are 0 or that number. The polynomials are of tools/polynomials.py.
 
-static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: added to a number, it leaves the nearest integer in the low bits
+static constexpr float kMagic =
+    12582912.0f;  // 1.5 * 2^23: added to a number, it leaves the nearest integer in the low bits
 static constexpr float kLog2e = 1.44269504f;
 // ln 2 in two parts; the first is the nearest float32.
 static constexpr float kLn2 = 0.693147182f, kLn2Rest = -1.90465421e-09f;
 static constexpr float kLeastExp = -87.3365402f, kMostExp = 88.3762589f;
 static constexpr float kExp[] = {0.49999988f, 0.16666518f, 0.041669544f, 0.008368988f, 0.001375115f};
 static constexpr float kLog1p[] = {0.33333337f, 0.19999483f, 0.1430729f, 0.10725827f, 0.12107076f};
-static constexpr float kTanh[] = {-0.3333333f,  0.13333204f,  -0.053946517f,
-                                  0.021699317f, -0.00817385f, 0.0021396133f};
-static constexpr float kErf[] = {0.12837917f,  -0.37612626f,  0.112835854f, -0.026853822f,
+static constexpr float kTanh[] = {-0.3333333f, 0.13333204f, -0.053946517f, 0.021699317f, -0.00817385f, 0.0021396133f};
+static constexpr float kErf[] = {0.12837917f,  -0.37612626f,   0.112835854f, -0.026853822f,
                                  0.005188346f, -0.0008010338f, 7.854303e-05f};
 static constexpr float kErfc[] = {3.4188308e-06f, 0.28199032f, 0.2834969f,   0.23596795f, 0.22998248f,
                                   -0.091784604f,  0.37516463f, -0.57416284f, 0.3268287f,  -0.06744549f};

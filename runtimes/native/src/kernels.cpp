@@ -308,8 +308,9 @@ void linear_int8(const LinearArgs &args) noexcept {
 template <bool Int8>
 AFFECT_INLINE void convolve(const ConvArgs &args) {
     const int64_t inputs = args.kernel_height * args.kernel_width * args.channels;
-    const Product p{args.weights, args.bias,   args.height * args.width, args.outputs, inputs,
-                    args.act,     args.scales, args.sums,                args.scale,   args.zero};
+    const Product p{
+        args.weights, args.bias, args.height * args.width, args.outputs, inputs, args.act, args.scales, args.sums,
+        args.scale,   args.zero};
     // Without dilation along the rows, a row of the window is one run.
     const Reach reach{args.kernel_height, args.kernel_width * args.channels,
                       args.dilation_height * args.in_width * args.channels};
@@ -743,7 +744,8 @@ AFFECT_INLINE void scan_channels(const ScanStepArgs &args, const float *delta, c
             V rows[kLanes];
             for (int64_t i = 0; i < kLanes; ++i) {
                 const int64_t at = (d + i) * n;
-                const V h = advanced<Zoh>(set(delta[d + i]), set(input[d + i]), load(args.a + at), b, load(args.h + at));
+                const V h =
+                    advanced<Zoh>(set(delta[d + i]), set(input[d + i]), load(args.a + at), b, load(args.h + at));
                 store(args.next + at, h);
                 rows[i] = c * h;
             }
@@ -785,8 +787,8 @@ AFFECT_INLINE void scan_channels(const ScanStepArgs &args, const float *delta, c
         }
         for (; d < args.channels; ++d) {
             const int64_t at = d * n;
-            const V h =
-                advanced<Zoh>(set(delta[d]), set(input[d]), load_n(args.a + at, n), load_n(tiled[0], n), load_n(args.h + at, n));
+            const V h = advanced<Zoh>(set(delta[d]), set(input[d]), load_n(args.a + at, n), load_n(tiled[0], n),
+                                      load_n(args.h + at, n));
             store_n(args.next + at, h, n);
             alignas(64) float part[kLanes];
             store(part, load_n(tiled[1], n) * h);
@@ -955,8 +957,22 @@ void scan(const ScanArgs &args) noexcept {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {AFFECT_STRING(AFFECT_ISA), linear, linear_int8, norm,    conv_step, scan_step, scan,   conv,
-                       conv_int8,                 depthwise, pad,      matmul,  softmax,   unary,     binary, reduce};
+const Kernels table = {AFFECT_STRING(AFFECT_ISA),
+                       linear,
+                       linear_int8,
+                       norm,
+                       conv_step,
+                       scan_step,
+                       scan,
+                       conv,
+                       conv_int8,
+                       depthwise,
+                       pad,
+                       matmul,
+                       softmax,
+                       unary,
+                       binary,
+                       reduce};
 
 }  // namespace AFFECT_CONCAT(isa_,AFFECT_ISA)
 }  // namespace affect

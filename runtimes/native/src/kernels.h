@@ -12,7 +12,7 @@
 
 namespace affect {
 
-inline constexpr int kMostStreams = 16;  // that one kernel call takes
+inline constexpr int kMostStreams = 16;      // that one kernel call takes
 inline constexpr int64_t kMostStates = 256;  // of a channel, in a scan over a sequence
 
 struct LinearArgs {
@@ -130,13 +130,13 @@ struct Kernels {
 // Subnormal numbers are 0 while one of these lives: a state that fades towards 0 would otherwise slow the processor
 // down a hundredfold. Rounding is to nearest, whatever the caller had set.
 class FloatMode {
-public:
+  public:
     FloatMode() noexcept;
     ~FloatMode() noexcept;
     FloatMode(const FloatMode &) = delete;
     FloatMode &operator=(const FloatMode &) = delete;
 
-private:
+  private:
     uint64_t saved_;
 };
 

@@ -22,7 +22,7 @@ constexpr uint64_t kMostWork = uint64_t{1} << 44;
 constexpr int64_t kMostInt8Inputs = 32768;  // sums of more products could leave 32 bits
 constexpr int64_t kLanes = 16;
 constexpr int64_t kMostAhead = 256 << 10;  // a part of the second cache
-constexpr int kMostRows = 256;  // of a linear layer, in one call of a kernel
+constexpr int kMostRows = 256;             // of a linear layer, in one call of a kernel
 
 // Where an operand lies: which of the bases of a run, which piece of it, how many bytes behind that.
 struct Ref {
@@ -52,7 +52,7 @@ namespace {
 
 // Proves that an instruction stays where it may. The first thing that is wrong is remembered, in words.
 class Checker {
-public:
+  public:
     Checker(const TensorRecord *tensors, uint32_t inputs, uint32_t outputs, uint64_t arena, uint64_t constants)
         : tensors_(tensors), inputs_(inputs), outputs_(outputs), arena_(arena), constants_(constants) {}
 
@@ -156,7 +156,8 @@ public:
     }
     // Weights and the like, which kernels read without regard to streams.
     bool constant(int64_t field, int64_t bytes, Ref *ref) {
-        return require(static_cast<Place>(static_cast<uint64_t>(field) >> 56) == Place::constant, "weights elsewhere") &&
+        return require(static_cast<Place>(static_cast<uint64_t>(field) >> 56) == Place::constant,
+                       "weights elsewhere") &&
                touches(field, bytes, false, 4, ref);
     }
     bool may_constant(int64_t field, int64_t bytes, Ref *ref) {
@@ -206,7 +207,7 @@ public:
 
     bool step(const Instruction &in, Ref *r);
 
-private:
+  private:
     bool linear(const Instruction &in, Ref *r);
     bool conv(const Instruction &in, Ref *r, bool depthwise);
     bool scan(const Instruction &in, Ref *r);
@@ -392,7 +393,8 @@ bool Checker::step(const Instruction &in, Ref *r) {
                 return false;
             }
             spend(count, 2);
-            return strided(v[0], v + 4, v + 10, 6, v[2], false, r) && strided(v[1], v + 4, v + 16, 6, v[2], true, r + 1);
+            return strided(v[0], v + 4, v + 10, 6, v[2], false, r) &&
+                   strided(v[1], v + 4, v + 16, 6, v[2], true, r + 1);
         }
         case Op::reduce: {
             if (!require(v[2] >= 0 && v[2] < static_cast<int64_t>(ReduceOp::count), "an operation") || !size(v[3]) ||
@@ -632,11 +634,14 @@ namespace {
 
 // The addresses of one run.
 class Places {
-public:
+  public:
     Places(const Binding *inputs, uint32_t input_count, const Binding *outputs, const uint8_t *constants, char *arena,
            uint64_t arena_stride)
-        : inputs_(inputs), outputs_(outputs - input_count), input_count_(input_count),
-          constants_(const_cast<char *>(reinterpret_cast<const char *>(constants))), arena_(arena),
+        : inputs_(inputs),
+          outputs_(outputs - input_count),
+          input_count_(input_count),
+          constants_(const_cast<char *>(reinterpret_cast<const char *>(constants))),
+          arena_(arena),
           arena_stride_(arena_stride) {}
 
     char *at(const Ref &ref, int stream) const {
@@ -656,7 +661,7 @@ public:
     }
     float *floats(const Ref &ref, int stream) const { return reinterpret_cast<float *>(at(ref, stream)); }
 
-private:
+  private:
     const Binding *inputs_, *outputs_;
     uint32_t input_count_;
     char *constants_, *arena_;
@@ -702,8 +707,8 @@ void broadcast(const Kernels &k, const float *a, const float *b, float *y, const
     for (int64_t i = 0; i < n[0]; ++i) {
         for (int64_t j = 0; j < n[1]; ++j) {
             for (int64_t l = 0; l < n[2]; ++l, y += n[3]) {
-                k.binary(v[3], a + i * sa[0] + j * sa[1] + l * sa[2], sa[3], b + i * sb[0] + j * sb[1] + l * sb[2], sb[3],
-                         y, n[3]);
+                k.binary(v[3], a + i * sa[0] + j * sa[1] + l * sa[2], sa[3], b + i * sb[0] + j * sb[1] + l * sb[2],
+                         sb[3], y, n[3]);
             }
         }
     }
@@ -829,16 +834,35 @@ void Program::run(const Binding *inputs, const Binding *outputs, int streams, vo
                                  places.floats(r[4], s), places.floats(r[5], s), places.floats(r[6], s),
                                  places.floats(r[7], s), places.floats(r[8], s), places.floats(r[9], s),
                                  places.floats(r[10], s), places.floats(r[11], s), v[11], v[12],
-                                 dt == nullptr ? 1.0f : *dt, (step.flags & 1) != 0, (step.flags & 2) != 0,
-                                 step.ahead, s == 0 ? step.ahead_bytes : 0});
+                                 dt == nullptr ? 1.0f : *dt, (step.flags & 1) != 0, (step.flags & 2) != 0, step.ahead,
+                                 s == 0 ? step.ahead_bytes : 0});
                     break;
                 }
                 case Op::scan:
-                    k.scan({places.floats(r[0], s), places.floats(r[1], s), places.floats(r[2], s),
-                            places.floats(r[3], s), places.floats(r[4], s), places.floats(r[5], s),
-                            places.floats(r[6], s), places.floats(r[7], s), places.floats(r[8], s), v[9], v[10], v[11],
-                            v[12], v[13], v[14], v[15], v[16], v[17], v[18], v[19], (step.flags & 2) != 0,
-                            (step.flags & 4) != 0, (step.flags & 8) != 0, v[20]});
+                    k.scan({places.floats(r[0], s),
+                            places.floats(r[1], s),
+                            places.floats(r[2], s),
+                            places.floats(r[3], s),
+                            places.floats(r[4], s),
+                            places.floats(r[5], s),
+                            places.floats(r[6], s),
+                            places.floats(r[7], s),
+                            places.floats(r[8], s),
+                            v[9],
+                            v[10],
+                            v[11],
+                            v[12],
+                            v[13],
+                            v[14],
+                            v[15],
+                            v[16],
+                            v[17],
+                            v[18],
+                            v[19],
+                            (step.flags & 2) != 0,
+                            (step.flags & 4) != 0,
+                            (step.flags & 8) != 0,
+                            v[20]});
                     break;
                 case Op::unary:
                     k.unary(v[3], places.floats(r[0], s), places.floats(r[1], s), v[2], f(4), f(5));
@@ -875,8 +899,8 @@ void Program::run(const Binding *inputs, const Binding *outputs, int streams, vo
                         for (int64_t h = 0; h < v[5]; ++h) {
                             k.matmul({places.floats(r[0], s) + g * v[6] + h * v[7],
                                       places.floats(r[1], s) + g * v[10] + h * v[11],
-                                      places.floats(r[2], s) + (g * v[5] + h) * v[14] * v[16], f(3), v[14], v[15], v[16],
-                                      v[8], v[9], v[12], v[13]});
+                                      places.floats(r[2], s) + (g * v[5] + h) * v[14] * v[16], f(3), v[14], v[15],
+                                      v[16], v[8], v[9], v[12], v[13]});
                         }
                     }
                     break;

@@ -43,9 +43,9 @@ struct GraphRecord {
     uint32_t outputs;
     uint32_t instructions;
     uint32_t zero;
-    uint64_t tensors;       // offset in the file
+    uint64_t tensors;          // offset in the file
     uint64_t instructions_at;  // offset in the file
-    uint64_t arena;         // bytes for one stream, a multiple of 64
+    uint64_t arena;            // bytes for one stream, a multiple of 64
     uint8_t zeros[8];
 };
 static_assert(sizeof(GraphRecord) == 64);
@@ -82,8 +82,8 @@ enum class Activation : int64_t { none = 0, relu, silu, sigmoid, tanh, softplus,
 //
 // Packed weights of a matrix (K inputs, N outputs): outputs in strips of 16, strips in groups of 4 (the last group has
 // what is left). A group of S strips is, in fp32, K rows of S x 16; in INT8, K4 / 4 rows of S x 16 x 4, the last axis
-// being 4 successive inputs. Missing inputs and outputs are 0. Those of a convolution are a matrix with K = kh * kw * C,
-// C padded to 4 in INT8.
+// being 4 successive inputs. Missing inputs and outputs are 0. Those of a convolution are a matrix with K = kh * kw *
+// C, C padded to 4 in INT8.
 enum class Op : uint32_t {
     // y = act(x W + bias) + add, for `rows` rows.
     // 0 x  1 y  2 weights  3 [bias: N16]  4 [add: as y]  5 rows  6 K  7 N  8 x row stride  9 y row stride  10 act
@@ -94,7 +94,8 @@ enum class Op : uint32_t {
     // y = (x - mean) / sqrt(variance + eps) * gamma + beta over the last axis.
     // 0 x  1 y  2 [gamma]  3 [beta]  4 rows  5 n  6 f eps.   Flag 1: RMS norm, no mean.
     norm = 2,
-    // A causal depthwise convolution of one frame. window = concat(state, x) by channel; y = act(sum of window * w + b).
+    // A causal depthwise convolution of one frame. window = concat(state, x) by channel; y = act(sum of window * w +
+    // b).
     // 0 x: C  1 state: C x (W - 1)  2 y: C  3 [next: C x (W - 1)]  4 w: C x W  5 [bias: C]  6 C  7 W  8 act
     conv_step = 3,
     // One step of the selective scan; x, delta, gate and y are (D), a is (D, N), b and c are (N), h is (D, N).
@@ -104,7 +105,8 @@ enum class Op : uint32_t {
     // 13 scratch in the arena: 2 D floats
     scan_step = 4,
     // The scan over a whole sequence: x, delta, y (L, D); b, c (L, G, N), one for each of G groups of D / G channels.
-    // 0 x  1 delta  2 a: D x N  3 b  4 c  5 [skip: D]  6 [h before: D x N]  7 [h after: D x N]  8 y  9 L  10 D  11 N  12 G
+    // 0 x  1 delta  2 a: D x N  3 b  4 c  5 [skip: D]  6 [h before: D x N]  7 [h after: D x N]  8 y  9 L  10 D  11 N 12
+    // G
     // Strides by position, in floats: 13 of x  14 of delta  15 of b  16 of c  17 of y; by group: 18 of b  19 of c.
     // Flag 2: softplus of delta first. Flag 4: from the last position to the first. Flag 8: y is added to.
     // 20 rows of the grid that is scanned by columns, position i being (i % rows) * (L / rows) + i / rows; 0 for none
@@ -131,7 +133,8 @@ enum class Op : uint32_t {
     pad = 12,
     // y (OH, OW, N) = act(conv(x) + bias + add) from x (IH, IW, P) that has its border already.
     // Along the width there is no dilation: 11 is 1.
-    // 0 x  1 weights  2 [bias: N16]  3 IH  4 IW  5 P  6 kh  7 kw  8 sh  9 sw  10 dilation h  11 dilation w  12 OH  13 OW
+    // 0 x  1 weights  2 [bias: N16]  3 IH  4 IW  5 P  6 kh  7 kw  8 sh  9 sw  10 dilation h  11 dilation w  12 OH  13
+    // OW
     // 14 N  15 act  16 [y: fp32, (OH, OW, N)]  17 [add: fp32, (OH, OW, N)]
     // Flag 1: INT8, x unsigned; with 18 scale of each output  19 sums of codes  20 f scale of x  21 zero of x, and
     // 22 [y rounded to 8 bits: (top + OH + bottom, left + OW + right, Q), border included]  23 top  24 left  25 bottom
@@ -153,8 +156,26 @@ enum class Op : uint32_t {
 
 // p and q: clip to [p, q]; leaky: x < 0 ? p x : x; elu: p; pow: x ** p; scale: p x + q.
 enum class UnaryOp : int64_t {
-    relu = 0, silu, sigmoid, tanh, softplus, gelu, exp, log, sqrt, neg, abs, reciprocal, clip, leaky, elu, pow, scale,
-    floor, erf, count
+    relu = 0,
+    silu,
+    sigmoid,
+    tanh,
+    softplus,
+    gelu,
+    exp,
+    log,
+    sqrt,
+    neg,
+    abs,
+    reciprocal,
+    clip,
+    leaky,
+    elu,
+    pow,
+    scale,
+    floor,
+    erf,
+    count
 };
 // prelu: a < 0 ? a b : a. Comparisons give 1 and 0.
 enum class BinaryOp : int64_t { add = 0, sub, mul, div, max, min, prelu, greater, less, equal, pow, count };
@@ -170,7 +191,7 @@ struct Binding {
 // One graph, checked and ready to run. It keeps pointers into the file's bytes, which must outlive it. Immutable: any
 // number of threads may run it at once, each with a workspace of its own.
 class Program {
-public:
+  public:
     // Reads the graph `role`. Returns null, with an English sentence in `error`, where the bytes are not a valid file,
     // have no such graph, or memory runs out. `data` must be aligned to 64 bytes.
     static Program *read(const uint8_t *data, uint64_t size, const char *role, char *error, size_t error_size) noexcept;
@@ -186,7 +207,8 @@ public:
 
     // Multiply-adds and the like of one stream, roughly.
     uint64_t work() const noexcept { return work_; }
-    // Bytes of scratch memory for so many streams at a time, 1 to kMostStreams; to be aligned to 64 bytes, and zeroed once.
+    // Bytes of scratch memory for so many streams at a time, 1 to kMostStreams; to be aligned to 64 bytes, and zeroed
+    // once.
     uint64_t workspace(int streams) const noexcept;
     // One pass for `streams` streams, at most as many as the workspace is for. Nothing is allocated.
     void run(const Binding *inputs, const Binding *outputs, int streams, void *workspace) const noexcept;
@@ -194,7 +216,7 @@ public:
     Program(const Program &) = delete;
     Program &operator=(const Program &) = delete;
 
-private:
+  private:
     Program() = default;
     struct Step;
 

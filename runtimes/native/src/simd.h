@@ -8,7 +8,6 @@
 // Why not Highway: it has no sums of unsigned by signed bytes in the releases that distributions carry, and a package
 // that pip builds from source could not bring it along.
 
-
 #define AFFECT_INLINE static inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
@@ -82,7 +81,8 @@ AFFECT_INLINE V row_sums(const V *rows) {
     __m512 pairs[2];
     for (int k = 0; k < 2; ++k) {
         const __m512d a = _mm512_castps_pd(quads[2 * k].v), b = _mm512_castps_pd(quads[2 * k + 1].v);
-        pairs[k] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+        pairs[k] =
+            _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
     return {_mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88), _mm512_shuffle_ps(pairs[0], pairs[1], 0xDD))};
 }
@@ -113,15 +113,11 @@ AFFECT_BOTH(min, _mm256_min_ps)
 AFFECT_INLINE V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
 AFFECT_INLINE V nfma(V a, V b, V c) { return {_mm256_fnmadd_ps(a.a, b.a, c.a), _mm256_fnmadd_ps(a.b, b.b, c.b)}; }
 AFFECT_INLINE V sqrt(V a) { return {_mm256_sqrt_ps(a.a), _mm256_sqrt_ps(a.b)}; }
-AFFECT_INLINE Mask less(V a, V b) {
-    return {_mm256_cmp_ps(a.a, b.a, _CMP_LT_OQ), _mm256_cmp_ps(a.b, b.b, _CMP_LT_OQ)};
-}
+AFFECT_INLINE Mask less(V a, V b) { return {_mm256_cmp_ps(a.a, b.a, _CMP_LT_OQ), _mm256_cmp_ps(a.b, b.b, _CMP_LT_OQ)}; }
 AFFECT_INLINE Mask equal(V a, V b) {
     return {_mm256_cmp_ps(a.a, b.a, _CMP_EQ_OQ), _mm256_cmp_ps(a.b, b.b, _CMP_EQ_OQ)};
 }
-AFFECT_INLINE V select(Mask m, V a, V b) {
-    return {_mm256_blendv_ps(b.a, a.a, m.a), _mm256_blendv_ps(b.b, a.b, m.b)};
-}
+AFFECT_INLINE V select(Mask m, V a, V b) { return {_mm256_blendv_ps(b.a, a.a, m.a), _mm256_blendv_ps(b.b, a.b, m.b)}; }
 AFFECT_INLINE V abs(V a) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, a.a), _mm256_andnot_ps(sign, a.b)};
@@ -137,9 +133,7 @@ AFFECT_INLINE __m256 power_of_two_half(__m256 a) {
 }
 AFFECT_INLINE V power_of_two(V a) { return {power_of_two_half(a.a), power_of_two_half(a.b)}; }
 AFFECT_INLINE V swap8(V a) { return {a.b, a.a}; }
-AFFECT_INLINE V swap4(V a) {
-    return {_mm256_permute2f128_ps(a.a, a.a, 0x01), _mm256_permute2f128_ps(a.b, a.b, 0x01)};
-}
+AFFECT_INLINE V swap4(V a) { return {_mm256_permute2f128_ps(a.a, a.a, 0x01), _mm256_permute2f128_ps(a.b, a.b, 0x01)}; }
 AFFECT_INLINE V swap2(V a) { return {_mm256_permute_ps(a.a, 0x4E), _mm256_permute_ps(a.b, 0x4E)}; }
 AFFECT_INLINE V swap1(V a) { return {_mm256_permute_ps(a.a, 0xB1), _mm256_permute_ps(a.b, 0xB1)}; }
 AFFECT_INLINE __m256 row_sums_half(const V *rows) {
@@ -151,7 +145,8 @@ AFFECT_INLINE __m256 row_sums_half(const V *rows) {
     __m256 pairs[2];
     for (int k = 0; k < 2; ++k) {
         const __m256d x = _mm256_castps_pd(quads[2 * k]), y = _mm256_castps_pd(quads[2 * k + 1]);
-        pairs[k] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+        pairs[k] =
+            _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
     }
     return _mm256_add_ps(_mm256_shuffle_ps(pairs[0], pairs[1], 0x88), _mm256_shuffle_ps(pairs[0], pairs[1], 0xDD));
 }
@@ -166,16 +161,14 @@ struct Mask {
     uint32x4_t v[4];
 };
 #define AFFECT_EACH for (int i = 0; i < 4; ++i)
-AFFECT_INLINE V load(const float *p) {
-    return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
-}
+AFFECT_INLINE V load(const float *p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
 AFFECT_INLINE void store(float *p, V a) { AFFECT_EACH vst1q_f32(p + 4 * i, a.v[i]); }
 AFFECT_INLINE V set(float a) { return {{vdupq_n_f32(a), vdupq_n_f32(a), vdupq_n_f32(a), vdupq_n_f32(a)}}; }
-#define AFFECT_FOUR(name, expression) \
-    AFFECT_INLINE V name(V a, V b) {  \
-        V y;                          \
+#define AFFECT_FOUR(name, expression)    \
+    AFFECT_INLINE V name(V a, V b) {     \
+        V y;                             \
         AFFECT_EACH y.v[i] = expression; \
-        return y;                     \
+        return y;                        \
     }
 AFFECT_FOUR(operator+, vaddq_f32(a.v[i], b.v[i]))
 AFFECT_FOUR(operator-, vsubq_f32(a.v[i], b.v[i]))
@@ -277,10 +270,10 @@ AFFECT_INLINE V set(float a) {
     AFFECT_EACH y.v[i] = a;
     return y;
 }
-#define AFFECT_LANES(name, expression) \
-    AFFECT_INLINE V name(V a, V b) {   \
+#define AFFECT_LANES(name, expression)   \
+    AFFECT_INLINE V name(V a, V b) {     \
         AFFECT_EACH a.v[i] = expression; \
-        return a;                      \
+        return a;                        \
     }
 AFFECT_LANES(operator+, a.v[i] + b.v[i])
 AFFECT_LANES(operator-, a.v[i] - b.v[i])
