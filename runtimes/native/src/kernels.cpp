@@ -12,11 +12,12 @@
 
 #define AFFECT_CONCAT_(a, b) a##b
 #define AFFECT_CONCAT(a, b) AFFECT_CONCAT_(a, b)
+#define AFFECT_NAMESPACE AFFECT_CONCAT(isa_, AFFECT_ISA)
 #define AFFECT_STRING_(a) #a
 #define AFFECT_STRING(a) AFFECT_STRING_(a)
 
 namespace affect {
-namespace AFFECT_CONCAT(isa_, AFFECT_ISA) {
+namespace AFFECT_NAMESPACE {
 namespace {
 
 #include "simd.h"
@@ -974,5 +975,5 @@ const Kernels table = {AFFECT_STRING(AFFECT_ISA),
                        binary,
                        reduce};
 
-}  // namespace AFFECT_CONCAT(isa_,AFFECT_ISA)
+}  // namespace AFFECT_NAMESPACE
 }  // namespace affect
