@@ -69,7 +69,8 @@ static_assert(sizeof(Instruction) == 256);
 
 // An operand is one field: place in the top byte, number of the input or output in the byte below, and the offset in
 // bytes in the rest. An input or output is read as one stream's part of it, without the batch axis; an access must not
-// cross from one index to the next of the axes before the batch axis, as in memory other streams lie between them.
+// cross from one index to the next of the axes before the batch axis, as in memory other streams lie between them. What
+// was written to an output may be read again by what follows.
 enum class Place : uint8_t { none = 0, arena = 1, constant = 2, input = 3, output = 4 };
 constexpr int64_t operand(Place place, int tensor, int64_t offset) {
     return static_cast<int64_t>((static_cast<uint64_t>(place) << 56) | (static_cast<uint64_t>(tensor) << 48)) | offset;
@@ -113,10 +114,11 @@ enum class Op : uint32_t {
     scan = 5,
     // 0 x  1 y  2 count  3 UnaryOp  4 f p  5 f q
     unary = 6,
-    // y = a op b, broadcast: y is dense with sizes 4..7; strides of a 8..11, of b 12..15, in floats, 0 to repeat.
+    // y = a op b, broadcast: y is dense with sizes 4..7; strides of a 8..11, of b 12..15, in floats, 0 to repeat, below
+    // 0 to go backwards.
     // 0 a  1 b  2 y  3 BinaryOp
     binary = 7,
-    // Moves elements: sizes 4..9, strides of x 10..15, of y 16..21, in elements.
+    // Moves elements: sizes 4..9, strides of x 10..15, of y 16..21, in elements, of either sign.
     // 0 x  1 y  2 bytes of an element, 1 or 4
     copy = 8,
     // Over the middle axis of (outer, n, inner). 0 x  1 y  2 ReduceOp  3 outer  4 n  5 inner
