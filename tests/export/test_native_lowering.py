@@ -5,6 +5,7 @@ they should, and what has no native form is refused.
 import dataclasses
 import math
 import struct
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -767,3 +768,11 @@ def test_views_say_what_numpy_does(data: st.DataObject) -> None:
         assert first.shape == second.shape and len(counts) == array.ndim
         assert np.array_equal(elements(first.grouped(counts)), array)
         assert np.array_equal(elements(second.grouped(counts)), np.arange(array.size).reshape(array.shape))
+
+
+def test_weights_that_no_protobuf_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = onnx.load(BUNDLES / "student-cpu" / "step.onnx")
+    # By its name among the modules: the package has a function of that name, too.
+    monkeypatch.setattr(sys.modules["affect_export.native.lower"], "_MOST_BYTES", 1000)
+    with pytest.raises(InputError, match="GB of weights"):
+        lower(model, Graph("step", "step.onnx", "", {}, (), ()))

@@ -21,6 +21,7 @@ from affect_runtimes.manifest import Graph
 
 __all__ = ["lower"]
 
+_MOST_BYTES = 2_000_000_000
 _LOWERINGS: Mapping[str, Callable[[Context, Node], None]] = {**MOVES, **OPS, **LAYERS, **POOLS, "conv": conv}
 
 
@@ -34,6 +35,12 @@ def lower(model: ModelProto, described: Graph) -> Program:
     Raises:
         InputError: something in it has no native form; the message says what and where.
     """
+    size = sum(len(i.raw_data) for i in model.graph.initializer)
+    if size > _MOST_BYTES:
+        raise InputError(
+            f"{described.role}: has {size / 1e9:.1f} GB of weights; it is run once as a whole, of which protobuf holds "
+            f"{_MOST_BYTES / 1e9:.0f} GB at most"
+        )
     graph = read_graph(model, described.inputs, described.outputs)
     for node in graph.nodes:
         check(graph, node)

@@ -86,9 +86,6 @@ def native_beside(written: list[WrittenGraph], source: Path, folder: Path) -> Pa
     made: list[WrittenGraph] = []
     said: dict[str, str] = {}
     for graph in written:
-        for name in (graph.file, graph.data):
-            if name is not None:
-                _link(source / name, folder / name)
         model = onnx.load(source / graph.file, load_external_data=False)
         carries = any(t.name.startswith("next_") for t in graph.source.outputs)
         if carries or any(node.op_type == _SCAN for node in model.graph.node):
@@ -103,6 +100,10 @@ def native_beside(written: list[WrittenGraph], source: Path, folder: Path) -> Pa
                     (folder / file).write_bytes(to_bytes({graph.source.role: program}))
                     graph = replace(graph, native=file)
             said[graph.source.role] = "beside the graph" if reason is None else f"none: {reason}"
+        # Only now: onnx loads no weights from a file that has a second name.
+        for name in (graph.file, graph.data):
+            if name is not None:
+                _link(source / name, folder / name)
         made.append(graph)
     return made, {"native": said} if said else {}
 
