@@ -135,14 +135,15 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(found.lower(), found)
 
 
-def engine_of(bundle: Bundle, graph: str) -> str:
+def engine_of(bundle: Bundle, graph: str, plain: bool = False) -> str:
     """The engine that runs a graph here: the native library where the bundle has a program for it and it is installed.
 
     Args:
         bundle: a verified bundle.
         graph: the graph's role.
+        plain: the manifest's engine, where both could.
     """
-    if bundle.manifest.graph(graph).native is not None:
+    if not plain and bundle.manifest.graph(graph).native is not None:
         from affect_runtimes import native
 
         if native.is_available():
@@ -181,7 +182,7 @@ def open_engine(
     if name not in ENGINES:
         raise BundleError(f"{bundle.path}: needs the engine {name!r}; this release runs {', '.join(sorted(ENGINES))}")
     described = bundle.manifest.graph(graph)
-    if not plain and (name := engine_of(bundle, graph)) == "native" and described.native is not None:
+    if (name := engine_of(bundle, graph, plain)) == "native" and described.native is not None:
         described = replace(described, file=described.native, data=None)
     engine: Engine = importlib.import_module(ENGINES[name]).create(bundle, described, threads)
     return engine

@@ -46,8 +46,8 @@ class BundleModel:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         manifest = self.bundle.manifest
         opened = opener or (lambda bundle, role: open_engine(bundle, role, threads, any_machine, plain))
-        by_name = manifest.engine if plain or opener is not None else None
-        self._engines = {role: by_name or engine_of(self.bundle, role) for role in ("encoder", "step")}
+        by_manifest = plain or opener is not None
+        self._engines = {role: engine_of(self.bundle, role, by_manifest) for role in ("encoder", "step")}
         self._encoder, self._step = opened(self.bundle, "encoder"), opened(self.bundle, "step")
         # The engines have copies of their own, and these may be gigabytes.
         self.bundle.release_graphs()

@@ -26,7 +26,7 @@ from affect_export.graphs import graph_sources
 from affect_export.models import scan
 from affect_export.models.checkpoint import load_model
 from affect_export.models.ss2d import SS2D, SS2DConfig
-from affect_export.native import lower, write_programs
+from affect_export.native import lower, to_bytes
 from affect_export.native.packing import code_sums, pack_conv, pack_conv_int8, pack_linear, pack_linear_int8
 from affect_export.native.program import Place
 from affect_export.native.views import Buffer, View, refine, row_major
@@ -106,7 +106,7 @@ def read_described(model: ModelProto) -> Graph:
 
 
 def lowered(model: ModelProto, graph: Graph, folder: Path) -> Interpreter:
-    return Interpreter(write_programs(folder / "weights.bin", {"graph": lower(model, graph)}), "graph")
+    return Interpreter(to_bytes({"graph": lower(model, graph)}), "graph")
 
 
 def some_inputs(graph: Graph, rng: np.random.Generator, state: Mapping[str, Array]) -> Arrays:
@@ -697,12 +697,11 @@ def test_weights_of_a_convolution_are_a_matrix() -> None:
     assert sums[:3].tolist() == [kernel[0].sum(), kernel[1].sum(), 0]
 
 
-def test_file(tmp_path: Path) -> None:
+def test_file() -> None:
     program = lower(SINGLE["linear on turned rows"], read_described(SINGLE["linear on turned rows"]))
-    one = write_programs(tmp_path / "one", {"step": program})
-    both = write_programs(tmp_path / "both", {"encoder": program, "step": program})
-    assert both == write_programs(tmp_path / "again", {"encoder": program, "step": program})
-    assert (tmp_path / "both").read_bytes() == both
+    one = to_bytes({"step": program})
+    both = to_bytes({"encoder": program, "step": program})
+    assert both == to_bytes({"encoder": program, "step": program})
     magic, form, graphs, size, constants, weights = struct.unpack_from("<8sII3Q", both)
     assert (magic, form, graphs, size) == (b"AFFNATV1", 1, 2, len(both)) and constants % 64 == 0
     # Both graphs share their constants.
@@ -712,11 +711,11 @@ def test_file(tmp_path: Path) -> None:
     assert roles == [b"encoder", b"step"]
 
 
-def test_names_that_are_too_long(tmp_path: Path) -> None:
+def test_names_that_are_too_long() -> None:
     name = "x" * 64
     model = made([node("Relu", [name], ["y"])], {name: (B, 3)}, {"y": (B, 3)})
     with pytest.raises(InputError, match="too long"):
-        write_programs(tmp_path / "file", {"step": lower(model, read_described(model))})
+        to_bytes({"step": lower(model, read_described(model))})
 
 
 # Views

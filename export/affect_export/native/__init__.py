@@ -8,6 +8,6 @@ program  the file
 """
 
 from affect_export.native.lower import lower
-from affect_export.native.program import Program, to_bytes, write_programs
+from affect_export.native.program import Program, to_bytes
 
-__all__ = ["Program", "lower", "to_bytes", "write_programs"]
+__all__ = ["Program", "lower", "to_bytes"]

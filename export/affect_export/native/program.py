@@ -10,7 +10,6 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 
 from affect_runtimes.errors import InputError
 from affect_runtimes.interface import Tensor
@@ -32,7 +31,6 @@ __all__ = [
     "UnaryOp",
     "align",
     "to_bytes",
-    "write_programs",
 ]
 
 ALIGNMENT = 64
@@ -248,13 +246,6 @@ def to_bytes(programs: Mapping[str, Program]) -> bytes:
     constants = weights.joined()
     header = _HEADER.pack(_MAGIC, _FORMAT, len(programs), at + len(constants), at, len(constants))
     return b"".join([header, *(r for r, _ in tables), *(t for _, t in tables), constants])
-
-
-def write_programs(path: Path, programs: Mapping[str, Program]) -> bytes:
-    """Writes `to_bytes` to a file."""
-    data = to_bytes(programs)
-    path.write_bytes(data)
-    return data
 
 
 class _Constants:

@@ -11,35 +11,15 @@ overflow, so `cpu-arm64` has 8 bits throughout; a bundle of `cpu` runs there as 
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-from affect_export.targets.base import FP32_BOUNDS, INT8_BOUNDS, Plan, Target, WrittenGraph
+from affect_export.targets.base import FP32_BOUNDS, INT8_BOUNDS, Target
 from affect_export.targets.native import native_beside
-from affect_export.targets.onnx import ONNX, write_all, write_model
+from affect_export.targets.onnx import ONNX, quantize_all, write_all
 from affect_runtimes.onnxruntime import INT8, INT8_SEVEN_BIT_WEIGHTS
 
 __all__ = ["CPU", "CPU_ARM64"]
 
 _FORMATS = {7: INT8_SEVEN_BIT_WEIGHTS, 8: INT8}
-
-
-def _quantize(
-    written: list[WrittenGraph], source: Path, folder: Path, plan: Plan, *, encoder_bits: int
-) -> list[WrittenGraph]:
-    import onnx
-
-    from affect_quantize.qdq import find_layers, quantize_graph
-
-    made = []
-    for graph in written:
-        role = graph.source.role
-        bits, keep = encoder_bits if role == "encoder" else 8, plan.kept_in(role)
-        model = onnx.load(source / graph.file)
-        kinds = {layer.kind for layer in find_layers(model) if layer.name not in keep}
-        quantized = quantize_graph(model, plan.ranges.get(role, {}), keep, plan.means.get(role), weight_bits=bits)
-        precision = graph.precision | {kind: _FORMATS[bits] for kind in kinds}
-        made.append(replace(graph, precision=precision, data=write_model(quantized, folder / graph.file)))
-    return made
 
 
 CPU = Target(
@@ -50,7 +30,7 @@ CPU = Target(
     bounds={"int8": INT8_BOUNDS, "fp32": FP32_BOUNDS},
     builder=write_all,
     libraries=(*ONNX.libraries, "native"),
-    quantizer=partial(_quantize, encoder_bits=7),
+    quantizer=partial(quantize_all, encoder_bits=7, formats=_FORMATS),
     packer=native_beside,
 )
 CPU_ARM64 = replace(
@@ -58,5 +38,5 @@ CPU_ARM64 = replace(
     name="cpu-arm64",
     summary="ONNX Runtime, INT8 with the scan in fp32; Raspberry Pi, Jetson and other 64-bit Arm processors",
     arch=("aarch64",),
-    quantizer=partial(_quantize, encoder_bits=8),
+    quantizer=partial(quantize_all, formats=_FORMATS),
 )

@@ -7,11 +7,12 @@ same file is right for every processor, with the same numbers, so the targets di
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from affect_export.targets.base import FP32_BOUNDS, INT8_BOUNDS, Packed, Plan, Target, WrittenGraph
-from affect_export.targets.onnx import ONNX, write_all, write_model
+from affect_export.targets.base import FP32_BOUNDS, INT8_BOUNDS, Packed, Target, WrittenGraph
+from affect_export.targets.onnx import ONNX, quantize_all, write_all
 from affect_runtimes import native
 from affect_runtimes.errors import InputError, MissingDependencyError
 
@@ -23,22 +24,6 @@ __all__ = ["NATIVE", "NATIVE_ARM64", "WEIGHTS", "native_beside", "pack"]
 WEIGHTS = "model.native"
 # The operator of a recurrence over a whole sequence.
 _SCAN = "Scan"
-
-
-def _quantize(written: list[WrittenGraph], source: Path, folder: Path, plan: Plan) -> list[WrittenGraph]:
-    import onnx
-
-    from affect_quantize.qdq import find_layers, quantize_graph
-
-    made = []
-    for graph in written:
-        role, keep = graph.source.role, plan.kept_in(graph.source.role)
-        model = onnx.load(source / graph.file)
-        kinds = {layer.kind: "int8" for layer in find_layers(model) if layer.name not in keep}
-        quantized = quantize_graph(model, plan.ranges.get(role, {}), keep, plan.means.get(role))
-        data = write_model(quantized, folder / graph.file)
-        made.append(replace(graph, precision=graph.precision | kinds, data=data))
-    return made
 
 
 def pack(written: list[WrittenGraph], source: Path, folder: Path) -> Packed:
@@ -129,7 +114,7 @@ NATIVE = Target(
     bounds={"int8": INT8_BOUNDS, "fp32": FP32_BOUNDS},
     builder=write_all,
     libraries=(*(name for name in ONNX.libraries if name != "onnxruntime"), "native"),
-    quantizer=_quantize,
+    quantizer=partial(quantize_all, formats={8: "int8"}),
     packer=pack,
     ready=_ready,
 )

@@ -5,13 +5,14 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from affect_export.targets.base import FP32_BOUNDS, GraphSource, Target, WrittenGraph, write_graphs
+from affect_export.targets.base import FP32_BOUNDS, GraphSource, Plan, Target, WrittenGraph, write_graphs
 from affect_runtimes.interface import Tensor
 
-__all__ = ["ONNX", "write_all", "write_model", "write_onnx"]
+__all__ = ["ONNX", "quantize_all", "write_all", "write_model", "write_onnx"]
 
 OPSET = 20
 # Protobuf ends at 2 GiB; half of that keeps the copies that serialising makes bearable.
@@ -76,6 +77,41 @@ def write_model(model, path: Path) -> str | None:  # type: ignore[no-untyped-def
         return None
     onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
     return data.name
+
+
+def quantize_all(
+    written: list[WrittenGraph],
+    source: Path,
+    folder: Path,
+    plan: Plan,
+    *,
+    encoder_bits: int = 8,
+    formats: Mapping[int, str],
+) -> list[WrittenGraph]:
+    """Writes graphs in INT8, as pairs of QuantizeLinear and DequantizeLinear around their layers.
+
+    Args:
+        written: what `write_all` wrote.
+        source: where to.
+        folder: where the INT8 graphs go.
+        plan: ranges, and which layers stay in float.
+        encoder_bits: of the encoder's weights; the step's have 8.
+        formats: bits of the weights -> what a manifest calls that.
+    """
+    import onnx
+
+    from affect_quantize.qdq import find_layers, quantize_graph
+
+    made = []
+    for graph in written:
+        role = graph.source.role
+        bits, keep = encoder_bits if role == "encoder" else 8, plan.kept_in(role)
+        model = onnx.load(source / graph.file)
+        kinds = {layer.kind for layer in find_layers(model) if layer.name not in keep}
+        quantized = quantize_graph(model, plan.ranges.get(role, {}), keep, plan.means.get(role), weight_bits=bits)
+        precision = graph.precision | {kind: formats[bits] for kind in kinds}
+        made.append(replace(graph, precision=precision, data=write_model(quantized, folder / graph.file)))
+    return made
 
 
 def _name_weights(model, source: GraphSource) -> None:  # type: ignore[no-untyped-def]

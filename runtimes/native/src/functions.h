@@ -26,36 +26,31 @@ AFFECT_INLINE V polynomial(const float (&c)[N], V x) {
     return y;
 }
 
-// exp of numbers that are at most 88.37, which larger ones are taken for: what decays, and logarithms of probabilities.
-AFFECT_INLINE V exp_small(V x) {
-    // max and min in this order let NaN through.
-    x = min(set(kMostExp), max(set(kLeastExp), x));
-    const V whole = fma(x, set(kLog2e), set(kMagic));
-    const V n = whole - set(kMagic);
+// exp(x) as p * 2^n: gives p, and n both as a number and in the low bits of `whole`.
+AFFECT_INLINE V exp_parts(V x, V &whole, V &n) {
+    whole = fma(x, set(kLog2e), set(kMagic));
+    n = whole - set(kMagic);
     const V r = nfma(n, set(kLn2Rest), nfma(n, set(kLn2), x));
-    const V p = fma(r * r, polynomial(kExp, r), r) + set(1.0f);
+    return fma(r * r, polynomial(kExp, r), r) + set(1.0f);
+}
+
+// exp of numbers up to 0: an instruction less than `exp_small`, in the innermost loop that there is.
+AFFECT_INLINE V exp_decay(V x) {
+    V whole, n;
+    // max, and min below, in this order let NaN through.
+    const V p = exp_parts(max(set(kLeastExp), x), whole, n);
     return scaled(p, whole, n);
 }
 
-// exp of numbers up to 0: one instruction less, in the innermost loop that there is.
-AFFECT_INLINE V exp_decay(V x) {
-    x = max(set(kLeastExp), x);
-    const V whole = fma(x, set(kLog2e), set(kMagic));
-    const V n = whole - set(kMagic);
-    const V r = nfma(n, set(kLn2Rest), nfma(n, set(kLn2), x));
-    const V p = fma(r * r, polynomial(kExp, r), r) + set(1.0f);
-    return scaled(p, whole, n);
-}
+// exp of numbers that are at most 88.37, which larger ones are taken for: logarithms of probabilities, and the like.
+AFFECT_INLINE V exp_small(V x) { return exp_decay(min(set(kMostExp), x)); }
 
 AFFECT_INLINE V exp(V x) {
+    V whole, n;
+    const V p = exp_parts(min(set(89.0f), max(set(kLeastExp), x)), whole, n);
     // 2^n in two factors, as 2^128 is no float32.
-    const V bounded = min(set(89.0f), max(set(kLeastExp), x));
-    const V whole = fma(bounded, set(kLog2e), set(kMagic));
-    const V n = whole - set(kMagic);
     const V half = fma(n, set(0.5f), set(kMagic));
     const V rest = (n - (half - set(kMagic))) + set(kMagic);
-    const V r = nfma(n, set(kLn2Rest), nfma(n, set(kLn2), bounded));
-    const V p = fma(r * r, polynomial(kExp, r), r) + set(1.0f);
     return select(less(x, set(kLeastExp)), set(0.0f), p * power_of_two(half) * power_of_two(rest));
 }
 
