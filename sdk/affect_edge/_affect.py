@@ -33,6 +33,8 @@ class Affect:
         quadrant: valence/arousal quadrant, for models that have one.
         vocal_emotion: for models that hear.
         held: True when this repeats an earlier judgement over a gap instead of reading a frame.
+        resampled: True when a model of a fixed rate was fed this frame more than once, or had no use for it and this is
+            its last judgement.
         audio_missing: for models that hear: True when they could not; None for the others.
     """
 
@@ -49,6 +51,7 @@ class Affect:
     quadrant: str | None = None
     vocal_emotion: str | None = None
     held: bool = False
+    resampled: bool = False
     audio_missing: bool | None = None
 
 
@@ -60,6 +63,7 @@ def make_affect(
     box: Box | None = None,
     landmarks: NDArray[np.float32] | None = None,
     audio_missing: bool | None = None,
+    resampled: bool = False,
 ) -> Affect:
     """The outputs of one stream, () or (labels,) each, as an Affect; labels come from the manifest."""
     values: dict[str, float] = {}
@@ -83,6 +87,7 @@ def make_affect(
         eye_closure=values.get("eye_closure"),
         quadrant=_top(tables.get("quadrant")),
         vocal_emotion=_top(tables.get("vocal_emotion")),
+        resampled=resampled,
         audio_missing=audio_missing,
     )
 

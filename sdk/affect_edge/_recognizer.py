@@ -17,6 +17,7 @@ from affect_runtimes.verify import replay_elsewhere
 
 if TYPE_CHECKING:
     from affect_edge._faces import FaceDetector
+    from affect_edge._gap import GapPolicy
     from affect_edge._stream import Stream
     from affect_edge._tracking import TrackerSettings
 
@@ -164,7 +165,7 @@ class Recognizer:
         self,
         detector: "FaceDetector | None" = None,
         settings: "TrackerSettings | None" = None,
-        max_gap_s: float = 0.5,
+        gap: "GapPolicy | None" = None,
     ) -> "Stream":
         """A new stream for one camera; it owns its detector, its tracks and their states.
 
@@ -172,12 +173,17 @@ class Recognizer:
 
         Args:
             detector: finds faces; None is `AffectFaceDetector()`. One detector serves one stream.
-            settings: of the tracker; None is its defaults.
-            max_gap_s: a face that comes back after a longer gap begins from the initial state.
+            settings: of the tracker: how many faces, how small, how long one that is gone is remembered; None is its
+                defaults.
+            gap: what happens while a face cannot be read; None is to hold its last judgement for half a second, and
+                then to begin anew.
+
+        Raises:
+            InputError: a model that takes no faces.
         """
         from affect_edge._stream import Stream
 
-        return Stream(self._model, detector, settings, max_gap_s)
+        return Stream(self._model, detector, settings, gap)
 
     def __repr__(self) -> str:
         return f"Recognizer({self.bundle!r})"
