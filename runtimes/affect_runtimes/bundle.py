@@ -1,4 +1,8 @@
-"""Reading a bundle: every file is hashed before any engine sees a byte of it."""
+"""Reading a bundle: every file is hashed before any engine sees a byte of it.
+
+Three kinds of files are read, and no others: manifest.json, what it lists, and, where the caller says whom to trust,
+manifest.sig. The signature is checked first, over the same bytes that are parsed then.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,10 +11,16 @@ from typing import Any
 
 from affect_runtimes._checked import parse_object
 from affect_runtimes.compare import Bound
-from affect_runtimes.errors import BundleError, IntegrityError
+from affect_runtimes.errors import BundleError, IntegrityError, SignatureError
+from affect_runtimes.files import read_file
 from affect_runtimes.manifest import Graph, Manifest
+from affect_runtimes.signing import SIGNATURES, Trust, verify
 
 __all__ = ["Bundle"]
+
+# What is parsed here is some kilobytes, and a few megabytes where a model is large; graphs may be gigabytes.
+_MOST_MANIFEST_BYTES = 16 << 20
+_MOST_BYTES = {"parity.json": 64 << 20, "verify.npz": 256 << 20, "MODEL_CARD.md": 16 << 20}
 
 
 class Bundle:
@@ -21,24 +31,42 @@ class Bundle:
     Attributes:
         path: the folder.
         manifest: its typed manifest.
+        listing: the bytes of manifest.json, which signatures are of.
+        signed_by: id of the trusted key that signed it, or None where nobody asked.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, contents: Mapping[str, bytes], manifest_bytes: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        contents: Mapping[str, bytes],
+        listing: bytes,
+        signed_by: str | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
+        self.signed_by = signed_by
         self._contents = dict(contents)
         self._sizes = {name: len(data) for name, data in contents.items()}
-        self._manifest_bytes = manifest_bytes
+        self.listing = listing
         # Where files are read from again, also after the working directory has changed.
         self._folder = path.absolute()
 
     @classmethod
-    def open(cls, path: str | Path) -> "Bundle":
+    def open(cls, path: str | Path, trust: Trust | None = None) -> "Bundle":
         """Reads and verifies a bundle.
+
+        Args:
+            path: its folder.
+            trust: one public key, or several: PEM, 32 raw bytes, or files with either. Then only a bundle that one of
+                them signed is opened. None opens any: what is checked then is that it is whole, not whose it is.
 
         Raises:
             BundleError: no folder, no manifest, or a manifest that this release cannot use.
             IntegrityError: a file is missing, altered, or outside the folder; the message names it.
+            SignatureError: no trusted key signed it as it is.
+            InputError: a trusted key that is none.
+            MissingDependencyError: cryptography, which only `trust` needs, is not installed.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -48,15 +76,26 @@ class Bundle:
         if not listing.is_file():
             raise BundleError(f"{folder}: no manifest.json in it, so it is not a bundle; affect-export writes one")
         try:
-            data = listing.read_bytes()
+            data = read_file(listing, _MOST_MANIFEST_BYTES)
         except OSError as error:
             raise BundleError(f"{listing}: cannot be read ({error})") from None
+        # Before anything is parsed.
+        signed_by = None if trust is None else _signer(folder, data, trust)
         manifest = Manifest.read(data, str(listing))
         contents = {name: _verified(folder, name, digest) for name, digest in manifest.files.items()}
         for required in ("verify.npz", "parity.json"):
             if required not in contents:
                 raise BundleError(f"{listing}: lists no {required}; export the bundle again")
-        return cls(folder, manifest, contents, len(data))
+        return cls(folder, manifest, contents, data, signed_by)
+
+    def check_signature(self, trust: Trust) -> str:
+        """Checks who signed a bundle that was opened without asking; returns the id of the key.
+
+        Raises:
+            SignatureError, InputError, MissingDependencyError: see `open`.
+        """
+        self.signed_by = _signer(self._folder, self.listing, trust)
+        return self.signed_by
 
     def read(self, name: str) -> bytes:
         """The verified bytes of a listed file; one that was released is read and verified again, and not kept.
@@ -86,7 +125,7 @@ class Bundle:
     @property
     def size_bytes(self) -> int:
         """Bytes of all files, the manifest's included."""
-        return self._manifest_bytes + sum(self._sizes.values())
+        return len(self.listing) + sum(self._sizes.values())
 
     @property
     def graph_bytes(self) -> int:
@@ -126,6 +165,17 @@ class Bundle:
         return f"Bundle({self.path}, {m.model_name} {m.model_version} for {m.target_name} on {m.engine})"
 
 
+def _signer(folder: Path, manifest: bytes, trust: Trust) -> str:
+    path = folder / SIGNATURES
+    try:
+        signatures = read_file(path, 1 << 20)
+    except FileNotFoundError:
+        signatures = None
+    except OSError as error:
+        raise SignatureError(f"{path}: cannot be read ({error})") from None
+    return verify(manifest, signatures, trust, str(path))
+
+
 def _verified(folder: Path, name: str, digest: str) -> bytes:
     path = folder / name
     try:
@@ -134,7 +184,9 @@ def _verified(folder: Path, name: str, digest: str) -> bytes:
             raise IntegrityError(f"{path}: leaves the bundle's folder")
         if not path.is_file():
             raise IntegrityError(f"{path}: missing, though the manifest lists it; copy or export the bundle again")
-        data = path.read_bytes()
+        data = read_file(path, _MOST_BYTES[name]) if name in _MOST_BYTES else path.read_bytes()
+    except MemoryError:
+        raise IntegrityError(f"{path}: does not fit into this machine's memory") from None
     except (OSError, RuntimeError) as error:  # until Python 3.13, a ring of links is a RuntimeError
         raise IntegrityError(f"{path}: cannot be read ({error}); copy or export the bundle again") from None
     found = hashlib.sha256(data).hexdigest()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from affect_runtimes.errors import DeviceError
+from affect_runtimes.files import replace_file, sync_folder
 
 __all__ = ["ENVIRONMENT", "EngineCache"]
 
@@ -92,11 +93,10 @@ class EngineCache:
         try:
             _check_closed(self.root, self.root.stat())
             kept = json.loads((self.root / _digest(key) / _VERDICT).read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
-        return (
-            kept["verdict"] if isinstance(kept, dict) and kept.get("key") == dict(key) and "verdict" in kept else None
-        )
+        ours = isinstance(kept, dict) and kept.get("key") == dict(key) and isinstance(kept.get("verdict"), dict)
+        return kept["verdict"] if ours else None
 
     def keep_verdict(self, key: Mapping[str, str], verdict: Mapping[str, Any]) -> None:
         """Keeps what a device found out about itself, so that it need not again at its next start.
@@ -107,7 +107,7 @@ class EngineCache:
         folder = self._prepared() / _digest(key)
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            _write(folder / _VERDICT, json.dumps({"key": dict(key), "verdict": dict(verdict)}, indent=1).encode())
+            replace_file(folder / _VERDICT, json.dumps({"key": dict(key), "verdict": dict(verdict)}, indent=1).encode())
         except OSError as error:
             raise _unusable(self.root, error) from None
 
@@ -155,9 +155,10 @@ class EngineCache:
         folder = None
         try:
             folder = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{entry.name}."))
-            _write(folder / _DATA, data)
-            _write(folder / _ENTRY, json.dumps(described, indent=1).encode())
+            replace_file(folder / _DATA, data)
+            replace_file(folder / _ENTRY, json.dumps(described, indent=1).encode())
             folder.rename(entry)
+            sync_folder(self.root)
         except OSError as error:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -187,24 +188,10 @@ def _read(entry: Path, key: Mapping[str, str]) -> bytes | None:
     try:
         described = json.loads((entry / _ENTRY).read_text())
         data = (entry / _DATA).read_bytes()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     whole = isinstance(described, dict) and described.get("key") == dict(key)
     return data if whole and hashlib.sha256(data).hexdigest() == described.get("sha256") else None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, also when the power goes."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _digest(key: Mapping[str, str]) -> str:

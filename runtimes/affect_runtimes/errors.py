@@ -6,6 +6,7 @@ AffectError                what was asked, what was found, what would work
   SourceError              a video or camera that is missing, unreadable or silent
   BundleError              a folder that is not a usable bundle
     IntegrityError         a file of a bundle that is missing, changed or outside it
+      SignatureError       a bundle that no trusted key signed as it is
   ParityError              an engine or artefact outside its stated bound
   DeviceError              a GPU, its driver or the cache of its engines that cannot be used (also a RuntimeError)
   MissingDependencyError   an optional library that is not installed (also an ImportError)
@@ -19,6 +20,7 @@ __all__ = [
     "IntegrityError",
     "MissingDependencyError",
     "ParityError",
+    "SignatureError",
     "SourceError",
     "StateError",
 ]
@@ -46,6 +48,10 @@ class BundleError(AffectError):
 
 class IntegrityError(BundleError):
     """A file of a bundle is missing, altered, or outside the bundle's folder."""
+
+
+class SignatureError(IntegrityError):
+    """A bundle is not signed, or not by a key that the caller trusts, or was changed since."""
 
 
 class ParityError(AffectError):

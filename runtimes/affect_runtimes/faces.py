@@ -19,6 +19,7 @@ from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import BundleError, InputError
 from affect_runtimes.model import BundleModel
 from affect_runtimes.preprocess import align_points, check_frame, letterbox, points_transform
+from affect_runtimes.signing import Trust
 from affect_runtimes.verify import replay_elsewhere
 
 __all__ = ["MIN_SCORE", "PROPOSED", "Box", "Detector", "Face", "FaceDetector", "Landmarker", "box_iou", "pick_faces"]
@@ -71,15 +72,17 @@ class Landmarker:
     Args:
         bundle: folder of an exported `face-landmarks` model.
         threads: for its engine.
+        trust: public keys, one of which must have signed it; see `Bundle.open`.
 
     Raises:
         BundleError: no bundle, a damaged one, or one of another kind of model.
+        SignatureError: no trusted key signed it.
         MissingDependencyError: the bundle's engine is not installed.
         ParityError: on this machine the engine is not the exported model.
     """
 
-    def __init__(self, bundle: Bundle | str | Path, threads: int = 1) -> None:
-        self._model = _open(bundle, threads, "points", "points")
+    def __init__(self, bundle: Bundle | str | Path, threads: int = 1, trust: Trust | None = None) -> None:
+        self._model = _open(bundle, threads, "points", "points", trust)
         names = {o.name: o.shape for o in self._model.bundle.manifest.outputs}
         if names != {"landmarks": (68, 2), "points": (5, 2), "presence": ()}:
             raise BundleError(
@@ -135,10 +138,12 @@ class Detector:
             points as the detector itself sees them, which is faster and less exact.
         min_score: least confidence of a face, in [0, 1].
         threads: for each engine.
+        trust: public keys, one of which must have signed each bundle that is opened here; see `Bundle.open`.
 
     Raises:
         InputError: a setting out of range.
         BundleError: no bundle, a damaged one, or one of another kind of model.
+        SignatureError: no trusted key signed one of them.
         MissingDependencyError: the bundle's engine is not installed.
         ParityError: on this machine the engine is not the exported model.
     """
@@ -150,15 +155,16 @@ class Detector:
         *,
         min_score: float = MIN_SCORE,
         threads: int = 1,
+        trust: Trust | None = None,
     ) -> None:
         if not 0.0 <= min_score <= 1.0:
             raise InputError(f"min_score is a confidence in [0, 1]; found {min_score}")
         self._min_score = float(min_score)
-        self._model = _open(bundle, threads, "faces", "picture")
+        self._model = _open(bundle, threads, "faces", "picture", trust)
         if landmarks is None or isinstance(landmarks, Landmarker):
             self.landmarker = landmarks
         else:
-            self.landmarker = Landmarker(landmarks, threads)
+            self.landmarker = Landmarker(landmarks, threads, trust)
 
     @property
     def bundle(self) -> Bundle:
@@ -263,8 +269,8 @@ def _spread(points: Float) -> float:
     return float(np.sqrt(((points - points.mean(0)) ** 2).sum(1).mean()))
 
 
-def _open(bundle: Bundle | str | Path, threads: int, kind: str, align: str) -> BundleModel:
-    model = BundleModel(bundle, threads)
+def _open(bundle: Bundle | str | Path, threads: int, kind: str, align: str, trust: Trust | None) -> BundleModel:
+    model = BundleModel(bundle, threads, trust=trust)
     manifest = model.bundle.manifest
     given, image = {o.kind for o in manifest.outputs}, manifest.image
     if kind not in given or image is None or image.align != align or len(manifest.inputs) != 1 or manifest.states:

@@ -13,6 +13,7 @@ from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import InputError, StateError
 from affect_runtimes.interface import check_names
 from affect_runtimes.preprocess import prepare_crops
+from affect_runtimes.signing import Trust
 from affect_runtimes.state import State
 
 __all__ = ["BundleModel"]
@@ -28,11 +29,13 @@ class BundleModel:
         threads: for each engine.
         any_machine: see `open_engine`.
         plain: see `open_engine`.
+        trust: public keys, one of which must have signed the bundle; see `Bundle.open`.
         opener: opens a graph of the bundle by its role, in place of `open_engine`: with it an export runs what stands
             in for an engine that cannot run on a workstation.
 
     Raises:
         BundleError: see `Bundle.open` and `open_engine`.
+        SignatureError: see `Bundle.open`.
     """
 
     def __init__(
@@ -42,8 +45,11 @@ class BundleModel:
         any_machine: bool = False,
         opener: Callable[[Bundle, str], Engine] | None = None,
         plain: bool = False,
+        trust: Trust | None = None,
     ) -> None:
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, trust)
+        if isinstance(bundle, Bundle) and trust is not None:
+            bundle.check_signature(trust)
         manifest = self.bundle.manifest
         opened = opener or (lambda bundle, role: open_engine(bundle, role, threads, any_machine, plain))
         by_manifest = plain or opener is not None

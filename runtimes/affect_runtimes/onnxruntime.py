@@ -38,7 +38,10 @@ class OnnxRuntimeEngine(GraphEngine):
         return [_tensor(i) for i in self._session.get_inputs()], [_tensor(o) for o in self._session.get_outputs()]
 
     def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        return dict(zip(self._names, self._session.run(None, dict(inputs)), strict=True))
+        try:
+            return dict(zip(self._names, self._session.run(None, dict(inputs)), strict=True))
+        except Exception as error:  # of a graph that was loaded, given what it takes: only a hostile one gets here
+            raise BundleError(f"{self.graph.file}: ONNX Runtime {_version()} cannot run it: {error}") from error
 
 
 def _session(file: str, data: bytes, external: Mapping[str, bytes], threads: int, exact: bool) -> Any:
@@ -69,7 +72,8 @@ def _session(file: str, data: bytes, external: Mapping[str, bytes], threads: int
         options.add_external_initializers_from_files_in_memory(names, contents, [len(c) for c in contents])
     try:
         # From bytes: the verified ones.
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        # No second attempt: it would print words of its own, and there is no other provider.
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         raise BundleError(f"{file}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
 

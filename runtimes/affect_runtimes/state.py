@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from affect_runtimes._checked import shown
 from affect_runtimes.errors import StateError
+from affect_runtimes.files import read_file, replace_file
 
 __all__ = ["State"]
 
@@ -17,6 +21,9 @@ Array = NDArray[Any]
 _MAGIC = b"AFFSTATE"
 _VERSION = 1
 _DTYPES = ("float32", "float16", "int8", "int32", "int64")
+_MOST_BYTES = 2**33
+"""Of a file: far more than eight streams of the largest state that a manifest may state."""
+_MOST_HEADER_BYTES = 2**20
 
 
 class State:
@@ -121,28 +128,94 @@ class State:
         if version != _VERSION:
             raise StateError(f"the saved state has version {version}; this release reads version {_VERSION}")
         try:
-            header = json.loads(content[start : start + length])
+            header = _read_header(content[start : start + length])
             arrays, axes, at = {}, {}, start + length
             for name, dtype, shape, axis in header["arrays"]:
-                if dtype not in _DTYPES:
-                    raise StateError(f"state {name!r} has dtype {dtype!r}; known: {', '.join(_DTYPES)}")
-                count = int(np.prod(shape, dtype=np.int64))
+                count = math.prod(shape)  # exact, however large
                 arrays[name] = np.frombuffer(content, np.dtype(dtype), count, at).reshape(shape).copy()
-                axes[name] = int(axis)
+                axes[name] = axis
                 at += arrays[name].nbytes
             if at != len(content):
                 raise StateError(f"the saved state has {len(content) - at} bytes too many")
-            # States of release 0.1.0 leave their number to the arrays.
-            batch = int(header["batch"]) if "batch" in header else None
-            return cls(str(header["model"]), arrays, axes, batch)
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+            return cls(header["model"], arrays, axes, header["batch"])
+        except (ValueError, OverflowError) as error:
             if isinstance(error, StateError):
                 raise
             raise StateError(f"the saved state's header is malformed: {error}") from None
 
+    def save(self, path: str | Path) -> None:
+        """Keeps exactly this state in a file, for `load` after a restart.
+
+        The file is replaced with one rename, for its owner alone to read: whenever the process is killed, it holds this
+        state or the one that was saved before, whole.
+
+        Args:
+            path: of a file in a folder that exists.
+
+        Raises:
+            StateError: it cannot be written; what was saved there before is as it was.
+        """
+        try:
+            replace_file(Path(path), self.to_bytes())
+        except OSError as error:
+            raise StateError(
+                f"{path}: the state cannot be saved there ({error.strerror or error}); it needs room in a folder that "
+                "exists and that this user can write to"
+            ) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "State":
+        """Restores what `save` kept. Whether it is this model's is checked when it is given to a step.
+
+        Raises:
+            StateError: no such file, or one that holds no whole state; the message names it.
+        """
+        try:
+            return cls.from_bytes(read_file(Path(path), _MOST_BYTES))
+        except OSError as error:
+            raise StateError(f"{path}: no saved state can be read there ({error.strerror or error})") from None
+        except MemoryError:
+            raise StateError(f"{path}: the saved state does not fit into memory") from None
+        except StateError as error:
+            raise StateError(f"{path}: {error}") from None
+
     def __repr__(self) -> str:
         shapes = ", ".join(f"{k} {a.shape} {a.dtype}" for k, a in self.arrays.items())
         return f"State(model={self.model[:12]}, {shapes})"
+
+
+def _read_header(data: bytes) -> dict[str, Any]:
+    """What a saved state says of its arrays, every part of it checked: anybody can make the checksum fit.
+
+    Raises:
+        StateError: anything that `State.to_bytes` does not write.
+    """
+    if len(data) > _MOST_HEADER_BYTES:
+        raise StateError(f"the saved state's header is malformed: {len(data)} bytes, at most {_MOST_HEADER_BYTES}")
+    try:
+        header = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"the saved state's header is malformed: {error}") from None
+    arrays = header.get("arrays") if isinstance(header, dict) else None
+    # States of release 0.1.0 leave the number of streams to the arrays.
+    batch = header.setdefault("batch", None) if isinstance(header, dict) else None
+    if not isinstance(arrays, list) or not isinstance(header.get("model"), str):
+        raise StateError("the saved state's header is malformed: it names no model, or no arrays")
+    if batch is not None and (type(batch) is not int or batch < 1):
+        raise StateError(f"the saved state's header is malformed: it holds {shown(batch)} streams")
+    seen = set()
+    for entry in arrays:
+        name, dtype, shape, axis = entry if isinstance(entry, list) and len(entry) == 4 else (None, None, None, None)
+        if not isinstance(name, str) or name in seen:
+            raise StateError(f"the saved state's header is malformed: an array is {shown(entry)}")
+        seen.add(name)
+        if dtype not in _DTYPES:
+            raise StateError(f"state {shown(name)} has dtype {shown(dtype)}; known: {', '.join(_DTYPES)}")
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise StateError(f"state {shown(name)} has the shape {shown(shape)}, expected sizes")
+        if type(axis) is not int or not 0 <= axis < len(shape):
+            raise StateError(f"state {shown(name)} has its streams on axis {shown(axis)} of {len(shape)}")
+    return dict(header)
 
 
 def _join(arrays: Sequence[Array], axis: int) -> Array:

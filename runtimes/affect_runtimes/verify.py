@@ -2,6 +2,7 @@
 
 import io
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from affect_runtimes.model import BundleModel
 __all__ = ["recorded_inputs", "replay", "replay_elsewhere", "replay_here"]
 
 Array = NDArray[Any]
+_MOST_STEPS = 4096
+_MOST_BYTES = 2**30
+"""Of the recording's arrays, unpacked: an archive of a megabyte may say that it holds a thousand."""
 _log = logging.getLogger(__name__)
 
 
@@ -147,9 +151,15 @@ def _recorded(model: BundleModel) -> tuple[Array, dict[str, Array], dict[str, Ar
     if dt.ndim != 1 or len(dt) < 1:
         raise BundleError(f"{path}: dt has shape {dt.shape}, expected (steps,) with at least one step")
     steps = len(dt)
+    if steps > _MOST_STEPS:
+        raise BundleError(f"{path}: records {steps} steps; at most {_MOST_STEPS} are replayed")
     for name, rows in given.items():
         at = _rows(arrays, f"at.{name}", steps, len(rows) if rows.ndim else 0, path)
-        given[name] = rows if at is None else rows[at]
+        if at is None:
+            continue
+        if (unfolded := steps * (rows.nbytes // max(1, len(rows)))) > _MOST_BYTES:
+            raise BundleError(f"{path}: {name!r} unfolds to {unfolded} bytes; at most {_MOST_BYTES} are replayed")
+        given[name] = rows[at]
     at = _rows(arrays, "state_steps", None, steps, path)
     kept = list(range(steps)) if at is None else [int(t) for t in at]
     if not kept or sorted(set(kept)) != kept:
@@ -189,6 +199,11 @@ def _rows(arrays: dict[str, Array], name: str, count: int | None, below: int, pa
 def _load(model: BundleModel) -> dict[str, Array]:
     data = model.bundle.read("verify.npz")
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # No member gives more than it states.
+            stated = sum(member.file_size for member in archive.infolist())
+        if stated > _MOST_BYTES:
+            raise ValueError(f"it unpacks to {stated} bytes; at most {_MOST_BYTES} are read")
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds at bytes that are no archive of arrays

@@ -11,18 +11,28 @@ Errors: see `affect_runtimes.errors`; all derive from `AffectError`.
 
 from affect_edge._affect import Affect
 from affect_edge._faces import AffectFaceDetector, Face, FaceDetector, YuNetDetector
+from affect_edge._gap import GapPolicy
+from affect_edge._microphone import MicrophoneInfo, MicrophoneSettings, list_microphones
+from affect_edge._perclos import Perclos
 from affect_edge._recognizer import Recognizer
-from affect_edge._sources import VideoSource, open_source
-from affect_edge._stream import Stream
+from affect_edge._sound import MissingSound, PushSound, SoundSource, open_sound
+from affect_edge._source_file import VideoSource
+from affect_edge._source_push import PushSource
+from affect_edge._source_types import CameraSettings, FrameSource, SourceEvent, SourceStats
+from affect_edge._sources import open_source
+from affect_edge._stream import Moment, Stream
 from affect_edge._tracking import TrackerSettings
+from affect_edge._voice import VoiceMoment, VoiceStream
 from affect_runtimes.audio import Audio
 from affect_runtimes.errors import (
     AffectError,
     BundleError,
+    DeviceError,
     InputError,
     IntegrityError,
     MissingDependencyError,
     ParityError,
+    SignatureError,
     SourceError,
     StateError,
 )
@@ -36,20 +46,39 @@ __all__ = [
     "AffectFaceDetector",
     "Audio",
     "BundleError",
+    "CameraSettings",
+    "DeviceError",
     "Face",
     "FaceDetector",
+    "FrameSource",
+    "GapPolicy",
     "InputError",
     "IntegrityError",
+    "MicrophoneInfo",
+    "MicrophoneSettings",
     "MissingDependencyError",
+    "MissingSound",
+    "Moment",
     "ParityError",
+    "Perclos",
+    "PushSound",
+    "PushSource",
     "Recognizer",
+    "SignatureError",
+    "SoundSource",
     "SourceError",
+    "SourceEvent",
+    "SourceStats",
     "State",
     "StateError",
     "Stream",
     "TrackerSettings",
     "VideoSource",
+    "VoiceMoment",
+    "VoiceStream",
     "YuNetDetector",
     "__version__",
+    "list_microphones",
+    "open_sound",
     "open_source",
 ]

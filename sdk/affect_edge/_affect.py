@@ -31,7 +31,8 @@ class Affect:
         action_units: unit -> intensity in [0, 1]; only units that the model was taught.
         eye_closure: [0, 1], 1 is shut.
         quadrant: valence/arousal quadrant, for models that have one.
-        vocal_emotion: for models that hear.
+        vocal_emotion: the most probable one, for models that hear.
+        vocal_emotion_probabilities: label -> probability, sums to 1.
         held: True when this repeats an earlier judgement over a gap instead of reading a frame.
         resampled: True when a model of a fixed rate was fed this frame more than once, or had no use for it and this is
             its last judgement.
@@ -50,6 +51,7 @@ class Affect:
     eye_closure: float | None = None
     quadrant: str | None = None
     vocal_emotion: str | None = None
+    vocal_emotion_probabilities: dict[str, float] | None = None
     held: bool = False
     resampled: bool = False
     audio_missing: bool | None = None
@@ -87,6 +89,7 @@ def make_affect(
         eye_closure=values.get("eye_closure"),
         quadrant=_top(tables.get("quadrant")),
         vocal_emotion=_top(tables.get("vocal_emotion")),
+        vocal_emotion_probabilities=tables.get("vocal_emotion"),
         resampled=resampled,
         audio_missing=audio_missing,
     )

@@ -11,6 +11,7 @@ from affect_runtimes.bundle import Bundle
 from affect_runtimes.errors import BundleError, InputError, MissingDependencyError
 from affect_runtimes.faces import MIN_SCORE, Detector, Face, FaceDetector, Landmarker
 from affect_runtimes.preprocess import check_frame
+from affect_runtimes.signing import Trust
 
 __all__ = ["AffectFaceDetector", "Face", "FaceDetector", "Landmarker", "YuNetDetector", "shipped_landmarker"]
 
@@ -32,10 +33,13 @@ class AffectFaceDetector(Detector):
         bundle: folder of another exported `face` model; None is the shipped one.
         landmarks: folder of another exported `face-landmarks` model; None is the shipped one.
         threads: for each engine.
+        trust: public keys, one of which must have signed `bundle` and `landmarks`; see `Recognizer`. The shipped ones
+            are part of the package, and come with whatever vouches for it.
 
     Raises:
-        InputError: a setting out of range.
+        InputError: a setting out of range, or `trust` without a bundle that it could be about.
         BundleError: no bundle, a damaged one, or one of another kind of model.
+        SignatureError: no trusted key signed one of them.
         MissingDependencyError: ONNX Runtime is not installed.
         ParityError: on this machine the engine is not the exported model.
 
@@ -54,9 +58,13 @@ class AffectFaceDetector(Detector):
         bundle: Bundle | str | Path | None = None,
         landmarks: Bundle | str | Path | None = None,
         threads: int = 1,
+        trust: Trust | None = None,
     ) -> None:
-        second = (_shipped(SHIPPED_LANDMARKS) if landmarks is None else landmarks) if refine else None
-        first = _shipped(SHIPPED_FACE) if bundle is None else bundle
+        if trust is not None and bundle is None and (landmarks is None or not refine):
+            raise InputError("trust is about bundles of yours: give bundle=DIR, or landmarks=DIR, or leave it out")
+        first, second = _opened(bundle, SHIPPED_FACE, trust), None
+        if refine:
+            second = _opened(landmarks, SHIPPED_LANDMARKS, trust)
         super().__init__(first, second, min_score=min_score, threads=threads)
 
 
@@ -117,6 +125,17 @@ def shipped_landmarker(threads: int = 1) -> Landmarker:
         BundleError: this install has none.
     """
     return Landmarker(_shipped(SHIPPED_LANDMARKS), threads)
+
+
+def _opened(given: Bundle | str | Path | None, shipped: Path, trust: Trust | None) -> Bundle | str | Path:
+    if given is None:
+        return _shipped(shipped)
+    if trust is None:
+        return given
+    if not isinstance(given, Bundle):
+        return Bundle.open(given, trust)
+    given.check_signature(trust)
+    return given
 
 
 def _shipped(folder: Path) -> Path:

@@ -37,7 +37,8 @@ class Hearing:
         chunk = None
         if audio is not None:
             window = self._spec.window
-            if isinstance(audio.samples, np.ndarray) and audio.samples.ndim == 1 and len(audio.samples) > window:
+            plain = isinstance(audio, Audio) and isinstance(audio.samples, np.ndarray) and audio.samples.ndim == 1
+            if plain and len(audio.samples) > window:
                 audio = Audio(audio.samples[-window:], audio.rate_hz)  # after a stall: older sound is out of the window
             chunk = check_audio(audio, self._spec)[None]
         self._made, self._ring = encoder_inputs(self._spec, self._ring, chunk)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from affect_edge._gap import GapPolicy
     from affect_edge._stream import Stream
     from affect_edge._tracking import TrackerSettings
+    from affect_edge._voice import VoiceStream
+    from affect_runtimes.signing import Trust
 
 __all__ = ["SHIPPED", "Recognizer"]
 
@@ -36,10 +38,14 @@ class Recognizer:
     Args:
         bundle: folder that affect-export wrote; None is the shipped student.
         threads: for each engine; a model this small is fastest on one.
+        trust: a public key or several: PEM or 32 raw bytes of Ed25519, or the path of a file with either. Only a bundle
+            that one of them signed (`affect-sign`) is opened then. What the package itself carries is not signed: it is
+            as trustworthy as the package.
 
     Raises:
         BundleError: no bundle there, or one that this release cannot run.
         IntegrityError: a file of it is missing or was changed; the message names the file.
+        SignatureError: no trusted key signed it as it is.
         MissingDependencyError: the bundle's engine is not installed.
         ParityError: on this machine the engine is not the exported model.
 
@@ -53,13 +59,13 @@ class Recognizer:
         True
     """
 
-    def __init__(self, bundle: str | Path | None = None, threads: int = 1) -> None:
+    def __init__(self, bundle: str | Path | None = None, threads: int = 1, trust: "Trust | None" = None) -> None:
         if bundle is None and not SHIPPED.is_dir():
             raise BundleError(
                 f"this install carries no bundle ({SHIPPED} is missing); make one with "
                 "affect-export --target cpu --output DIR and open it with Recognizer(DIR)"
             )
-        self._model = BundleModel(SHIPPED if bundle is None else bundle, threads)
+        self._model = BundleModel(SHIPPED if bundle is None else bundle, threads, trust=trust)
         if any(output.shape for output in self.bundle.manifest.outputs):
             raise BundleError(
                 f"{self.bundle.path}: {self.bundle.model_name} finds faces and says nothing of affect; hand it to "
@@ -184,6 +190,20 @@ class Recognizer:
         from affect_edge._stream import Stream
 
         return Stream(self._model, detector, settings, gap)
+
+    def voice_stream(self, gap: "GapPolicy | None" = None) -> "VoiceStream":
+        """A new stream for one microphone, of a model that only hears; it owns its state.
+
+        Args:
+            gap: what happens while sound is missing; None is to hold the last judgement for half a second, and then to
+                begin anew.
+
+        Raises:
+            InputError: a model that hears nothing, or needs a picture too.
+        """
+        from affect_edge._voice import VoiceStream
+
+        return VoiceStream(self._model, gap)
 
     def __repr__(self) -> str:
         return f"Recognizer({self.bundle!r})"

@@ -256,7 +256,8 @@ def _time_frame(
     stream, clock = Stream(model, detector), itertools.count()
     if not stream.step(picture, next(clock) * interval_s, sound):
         return times, {"stream": "the faces of the frame are too small, or turned too far aside, to be read"}, about
-    return times | {"stream": _times(lambda: stream.step(picture, next(clock) * interval_s, sound), settings)}, {}, about
+    times["stream"] = _times(lambda: stream.step(picture, next(clock) * interval_s, sound), settings)
+    return times, {}, about
 
 
 def _times(call: Callable[[], object], settings: BenchSettings) -> list[float]:

@@ -10,7 +10,8 @@ __all__ = ["verify_main"]
 
 
 def verify_main(argv: list[str] | None = None) -> int:
-    """Hashes every file, builds the engines that a device builds itself, replays verify.npz, and prints each figure."""
+    """Hashes every file, checks who signed the bundle if asked to, builds the engines that a device builds itself,
+    replays verify.npz, and prints each figure."""
     from affect_edge._recognizer import SHIPPED
     from affect_runtimes.base import machine
     from affect_runtimes.errors import AffectError
@@ -19,6 +20,12 @@ def verify_main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="affect-verify", description=verify_main.__doc__)
     parser.add_argument("bundle", nargs="?", default=SHIPPED, help="folder of the bundle; default: the shipped student")
+    parser.add_argument(
+        "--trust",
+        action="append",
+        metavar="KEY.pub",
+        help="refuse a bundle that this key did not sign as it is; of several, one is enough",
+    )
     parser.add_argument("--threads", type=int, default=1, help="for each engine (default 1)")
     parser.add_argument(
         "--trtexec", action="store_true", help="of a bundle for TensorRT: print the commands of trtexec, and stop"
@@ -26,8 +33,8 @@ def verify_main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.trtexec:
-            return _print_trtexec(arguments.bundle)
-        model = BundleModel(arguments.bundle, arguments.threads)
+            return _print_trtexec(arguments.bundle, arguments.trust)
+        model = BundleModel(arguments.bundle, arguments.threads, trust=arguments.trust)
         figures = replay_here(model)
     except AffectError as error:
         print(f"affect-verify: {error}", file=sys.stderr)
@@ -39,16 +46,18 @@ def verify_main(argv: list[str] | None = None) -> int:
         print("RANDOM WEIGHTS: never trained, the outputs mean nothing")
     for figure in figures:
         print(f"  {figure}")
+    if model.bundle.signed_by is not None:
+        print(f"signed by {model.bundle.signed_by}, which is trusted")
     print(f"verified: {model.engine_words} ({machine()}) is the exported model, within its bounds")
     return 0
 
 
-def _print_trtexec(path: str) -> int:
+def _print_trtexec(path: str, trust: list[str] | None) -> int:
     from affect_runtimes.bundle import Bundle
     from affect_runtimes.errors import InputError
     from affect_runtimes.tensorrt.library import trtexec
 
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, trust)
     manifest = bundle.manifest
     if manifest.engine != "tensorrt":
         raise InputError(f"--trtexec: {path} is for {manifest.engine}, not for TensorRT")

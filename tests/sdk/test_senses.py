@@ -160,8 +160,6 @@ def test_what_is_missing_wrong_or_not_wanted_is_named(hearing: Recognizer, seein
         hearing.step_many([CROP] * 2, [state] * 2, [1.0] * 2, landmarks=[points] * 2, audio=[SOUND, short])
     with pytest.raises(InputError, match="takes no audio"):
         seeing.step(CROP, seeing.initial_state(), audio=SOUND)
-    with pytest.raises(InputError, match=r"call Recognizer\.step"):
-        hearing.stream()
 
 
 class OneTrack:
@@ -230,3 +228,63 @@ def test_a_stream_gives_a_model_its_landmarks(
     crop = align_face(carphone[0], affect.landmarks[:2], 16)
     expected, _ = recognizer.step(crop, recognizer.initial_state(), landmarks=points)
     assert expected.quadrant == affect.quadrant
+
+
+def test_a_stream_hears_with_one_ring_for_all_faces(hearing: Recognizer, carphone: NDArray[np.uint8]) -> None:
+    (face,) = AffectFaceDetector().detect(carphone[0])
+    rng = np.random.default_rng(0)
+    chunks = [Audio(rng.uniform(-0.5, 0.5, n).astype(np.float32), RATE_HZ) for n in (267, 266, 0, 2000)]
+    stream = hearing.stream(OneFace(face))
+    # The first two are heard before there is a frame; then a stall brings more than the window.
+    assert stream.step(None, 0.0, chunks[0]) == [] and stream.step(None, 0.03, chunks[1]) == []
+    (first,) = stream.step(carphone[0], 0.06, chunks[2])
+    ring = next(iter(stream.states().values())).arrays["audio"]
+    heard = np.concatenate([chunks[0].samples, chunks[1].samples])
+    np.testing.assert_array_equal(ring[0], np.concatenate([np.zeros(800 - len(heard), np.float32), heard]))
+    assert first.audio_missing is False and first.landmarks is not None
+    stream.step(carphone[1], 0.1, chunks[3])
+    ring = next(iter(stream.states().values())).arrays["audio"]
+    np.testing.assert_array_equal(ring[0], chunks[3].samples[-800:])
+    # Missing sound degrades to the face alone, says so, and forgets what was said before.
+    (deaf,) = stream.step(carphone[2], 0.13)
+    assert deaf.audio_missing is True and not deaf.held
+    assert not next(iter(stream.states().values())).arrays["audio"].any()
+    stream.reset()
+    (again,) = stream.step(carphone[0], 0.0)
+    assert again.audio_missing is True
+
+
+def test_a_stream_with_sound_is_the_step_with_sound(hearing: Recognizer, carphone: NDArray[np.uint8]) -> None:
+    (face,) = AffectFaceDetector().detect(carphone[0])
+    stream = hearing.stream(OneFace(face))
+    given: list[NDArray[np.float32]] = []
+    landmarks = stream._landmarks
+
+    def watched(picture: NDArray[np.uint8], faces: list[TrackedFace]) -> dict[str, NDArray[np.float32]]:
+        found = landmarks(picture, faces)
+        given.append(found["landmarks"][0].copy())
+        return found
+
+    stream._landmarks = watched  # type: ignore[method-assign]
+    state = hearing.initial_state()
+    for i in range(4):
+        sound = None if i == 2 else SOUND
+        (said,) = stream.step(carphone[i], i / 30, sound)
+        assert said.landmarks is not None
+        crop = align_face(carphone[i], said.landmarks[:2], 16)
+        expected, state = hearing.step(crop, state, landmarks=given[-1], audio=sound)
+        assert said.audio_missing == expected.audio_missing == (i == 2)
+        for name, array in next(iter(stream.states().values())).arrays.items():
+            np.testing.assert_allclose(array, state.arrays[name], atol=1e-6)
+
+
+def test_wrong_sound_leaves_the_stream_as_it_was(hearing: Recognizer, carphone: NDArray[np.uint8]) -> None:
+    (face,) = AffectFaceDetector().detect(carphone[0])
+    stream = hearing.stream(OneFace(face))
+    stream.step(carphone[0], 0.0, SOUND)
+    before = next(iter(stream.states().values()))
+    with pytest.raises(InputError, match=r"44100 Hz.*8000 Hz"):
+        stream.step(carphone[1], 0.1, replace(SOUND, rate_hz=44100))
+    after = next(iter(stream.states().values()))
+    assert before is after
+    assert stream.step(carphone[1], 0.1, SOUND)[0].audio_missing is False
