@@ -8,6 +8,8 @@ VENV ?= .venv
 TORCH_PIP_ARGS ?=
 # Arguments for pytest, for example PYTEST_ARGS="-m 'not slow'".
 PYTEST_ARGS ?=
+# Arguments for the soak, for example SOAK_ARGS="--steps 1000000".
+SOAK_ARGS ?=
 # How long `make fuzz` looks, all fuzzers together.
 FUZZ_SECONDS ?= 600
 
@@ -32,7 +34,7 @@ SAY_IF_NATIVE = $(BIN)/python -c 'from affect_runtimes import native; print(nati
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev oracle litert stubs demo export test test-arm64 test-full-size check lint format wheel clean \
-	native native-sanitized native-arm64 fuzz
+	native native-sanitized native-arm64 fuzz soak docs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,7 +57,7 @@ $(VENV)/.installed: $(INSTALL_INPUTS) $(VENV)/.torch
 
 # AFFECT_WERROR: a warning of the native library fails its build here, and test_native.py then fails for want of it.
 $(VENV)/.installed-dev: $(INSTALL_INPUTS) $(VENV)/.torch
-	AFFECT_WERROR=ON $(PIP) install -e '.[export,demo,systems,dev]'
+	AFFECT_WERROR=ON $(PIP) install -e '.[export,demo,systems,voice,trust,docs,dev]'
 	@$(SAY_IF_NATIVE)
 	touch $@ $(VENV)/.installed
 
@@ -95,14 +97,18 @@ export: install ## the shipped student, exported and verified for this machine: 
 demo: export ## the dashcam demo on a real clip: out/dashcam
 	$(BIN)/affect-dashcam --demo-clip --bundle out/bundles/student-cpu --output out/dashcam
 
-test: check native native-sanitized native-arm64 oracle litert stubs ## every check and every test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: check docs native native-sanitized native-arm64 oracle litert stubs ## every check and every test
+	$(call need,chromium,chromium)
+	$(call need,mosquitto,mosquitto)
+	$(call need,espeak-ng,espeak-ng)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 	PYTHONPATH=$(LITERT) $(BIN)/python -m pytest -m litert tests/export
+	$(MAKE) soak
 	$(MAKE) test-full-size
 
 # The native library alone. These want tools on the path, or cmake in $(VENV), and where one is missing they say which
 # package of Debian has it; nothing is skipped. Usage: $(call configure,FOLDER), and so on.
-native native-sanitized native-arm64 fuzz: export PATH := $(PATH):$(abspath $(BIN))
+test native native-sanitized native-arm64 fuzz: export PATH := $(PATH):$(abspath $(BIN))
 need = @command -v $(1) >/dev/null || { echo "make $@ needs $(1): apt install $(2)" >&2; exit 1; }
 need_sanitizers = @echo 'int main() {}' | clang++ -fsanitize=address,undefined -x c++ - -o /dev/null 2>/dev/null || { \
 	echo "make $@ needs clang's sanitizers: apt install libclang-rt-dev (Debian 12: libclang-rt-14-dev)" >&2; exit 1; }
@@ -151,6 +157,12 @@ fuzz: ## weights files, manifests and saved states that nobody would write, for 
 	$(call configure,build/fuzz) $(CLANG) -DAFFECT_FUZZ=ON -DAFFECT_SANITIZE=address,undefined
 	$(call build,build/fuzz) --target fuzzers
 	runtimes/native/tests/fuzz.sh build/fuzz $(FUZZ_SECONDS)
+
+soak: install-dev ## minutes of one camera with faults, and 16 cameras at once (SOAK_ARGS="--steps 1000000" for an hour)
+	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
+
+docs: install-dev ## the documentation as a site that needs no network: build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-arm64: install ## bundles on 64-bit Arm, emulated with qemu: wants Debian, and a network the first time
 	$(BIN)/affect-export --target cpu-arm64 --output build/arm64/bundles/student --force
