@@ -41,8 +41,8 @@ Array = NDArray[Any]
 Frame = NDArray[np.uint8]
 
 FPS = 30.0
-FACE_PX = 150
-SIZES = ((320, 240), (480, 360))
+FACE_PX = 96
+SIZES = ((192, 144), (320, 240))
 MOST_GROWTH_MIB = 8.0
 """Over the second half; allocators keep some pages back, a leak of one small array a step would be hundreds."""
 
@@ -162,7 +162,9 @@ def endurance(steps: int, window: int) -> bool:
     counts = {"frames": 0, "read": 0, "held": 0, "nothing": 0}
     good, taken = True, 0
     print(f"{steps:,} steps of one camera, {recognizer.bundle}")
-    print(f"{'steps':>10}{'resident MiB':>14}   the last {window:,} recurrent steps against the float model")
+    print(
+        f"{'steps':>10}{'resident MiB':>14}{'p99 ms':>9}   the last {window:,} recurrent steps against the float model"
+    )
     for i, (frame, now) in enumerate(Camera(0, faults=True)):
         if i == steps:
             break
@@ -178,7 +180,8 @@ def endurance(steps: int, window: int) -> bool:
             figures = compared.figures()
             good &= all(f.passed is not False for f in figures)
             least = min(f.value for f in figures if f.metric in ("ccc", "agreement"))
-            print(f"{i + 1:10,}{resident_mib():14.1f}   CCC and agreement at least {least:.4f}", flush=True)
+            p99 = float(np.percentile(spent[: i + 1], 99)) * 1e3
+            print(f"{i + 1:10,}{resident_mib():14.1f}{p99:9.2f}   CCC and agreement at least {least:.4f}", flush=True)
     half = memory[samples // 2 :]
     slope = float(np.polyfit(half[:, 0], half[:, 1], 1)[0])
     growth = slope * (half[-1, 0] - half[0, 0])

@@ -1,13 +1,15 @@
 """The annotated video: the picture with its face boxes, and a panel that explains the face in front."""
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from affect_demos._changes import LEAST_EYES_S, in_front
 from affect_edge import Affect
 
 if TYPE_CHECKING:
@@ -54,11 +56,21 @@ class Annotator:
         self.size = ((self._picture[0] + _PANEL_PX + 1) // 2 * 2, (tall + 1) // 2 * 2)
         self._offset_y = (self.size[1] - self._picture[1]) // 2
         self._heading, self._warning = heading, warning
-        self._past: defaultdict[int | None, deque[tuple[float, float | None, float | None]]] = defaultdict(deque)
+        self._past: defaultdict[int | None, deque[tuple[float, float | None, float | None, bool]]] = defaultdict(deque)
         self._main: int | None = None
         self._fonts: dict[tuple[int, bool], Any] = {}
 
-    def draw(self, frame: Picture, affects: Sequence[Affect], seconds: dict[str, float], timestamp_s: float) -> Picture:
+    def draw(
+        self,
+        frame: Picture,
+        affects: Sequence[Affect],
+        seconds: dict[str, float],
+        timestamp_s: float,
+        *,
+        perclos: Mapping[int | None, float] | None = None,
+        observed_s: Mapping[int | None, float] | None = None,
+        picture: bool = True,
+    ) -> Picture:
         """One annotated frame.
 
         Args:
@@ -66,6 +78,9 @@ class Annotator:
             affects: the faces of this frame.
             seconds: stage -> how long it took.
             timestamp_s: time of the frame.
+            perclos: track_id -> share, for faces of which enough was seen.
+            observed_s: track_id -> seconds in which its eyes were seen, to say how much is missing.
+            picture: False where no new picture came and `frame` is the last one.
 
         Returns:
             (height, width, 3) uint8, RGB, of `size`.
@@ -75,7 +90,7 @@ class Annotator:
 
         for affect in affects:
             past = self._past[affect.track_id]
-            past.append((timestamp_s, affect.valence, affect.arousal))
+            past.append((timestamp_s, affect.valence, affect.arousal, affect.held))
             while past[0][0] < timestamp_s - _TRACE_S:
                 past.popleft()
         kept = {a.track_id for a in affects}
@@ -86,27 +101,29 @@ class Annotator:
         canvas[:] = _BACK
         way = cv2.INTER_CUBIC if self._zoom > 1 else cv2.INTER_AREA
         top, (width, height) = self._offset_y, self._picture
-        canvas[top : top + height, :width] = cv2.resize(frame, self._picture, interpolation=way)
-        main = self._in_front(affects)
+        shown = cv2.resize(frame, self._picture, interpolation=way)
+        canvas[top : top + height, :width] = shown if picture else shown // 2
+        main = in_front(affects, self._main)
+        self._main = self._main if main is None else main.track_id
         for affect in affects:
-            self._box(canvas, affect, _SKY if affect is main else _DIM)
+            self._box(canvas, affect, self._colour(affect, main))
         image = Image.fromarray(canvas)
         pen = ImageDraw.Draw(image)
         for affect in affects:
-            self._label(pen, affect, _SKY if affect is main else _DIM)
-        trace = self._panel(pen, main, seconds, timestamp_s)
+            self._label(pen, affect, self._colour(affect, main))
+        if not picture:
+            pen.text((width // 2, top + height // 2), "no new picture", _WARN, self._font(22, bold=True), anchor="mm")
+        share = None if main is None else (perclos or {}).get(main.track_id)
+        seen_s = 0.0 if main is None else (observed_s or {}).get(main.track_id, 0.0)
+        trace = self._panel(pen, main, seconds, timestamp_s, share, seen_s)
         finished = np.array(image, np.uint8)
         if main is not None:
             self._trace(finished, trace, main.track_id, timestamp_s)
         return finished
 
-    def _in_front(self, affects: Sequence[Affect]) -> Affect | None:
-        """The face that the panel is about: the largest when chosen, and then the same while it is there."""
-        if not affects:
-            return None
-        main = next((a for a in affects if a.track_id == self._main), None) or max(affects, key=_area)
-        self._main = main.track_id
-        return main
+    @staticmethod
+    def _colour(affect: Affect, main: Affect | None) -> Colour:
+        return _SKY if affect is main and not affect.held else _DIM
 
     def _corners(self, affect: Affect) -> tuple[int, int, int, int]:
         """The face box on the canvas, kept inside the picture: x0, y0, x1, y1."""
@@ -124,14 +141,17 @@ class Annotator:
         arm = max(6, (x1 - x0) // 5)
         for x, y, dx, dy in ((x0, y0, arm, arm), (x1, y0, -arm, arm), (x0, y1, arm, -arm), (x1, y1, -arm, -arm)):
             bracket = np.array([(x + dx, y), (x, y), (x, y + dy)], np.int32)
-            cv2.polylines(canvas, [bracket], False, colour, 3, cv2.LINE_AA)
+            if affect.held:
+                _dashes(canvas, bracket, colour)
+            else:
+                cv2.polylines(canvas, [bracket], False, colour, 3, cv2.LINE_AA)
         for x, y in affect.landmarks[:2] if affect.landmarks is not None else ():
             centre = (int((x + 0.5) * self._zoom), int((y + 0.5) * self._zoom) + self._offset_y)
             cv2.circle(canvas, centre, 3, colour, -1, cv2.LINE_AA)
 
     def _label(self, pen: "ImageDraw", affect: Affect, colour: Colour) -> None:
         x0, y0, _, y1 = self._corners(affect)
-        text = f"face {affect.track_id}"
+        text = f"face {affect.track_id}" + ("   held" if affect.held else "")
         if affect.expression and affect.expression_probabilities:
             text += f"   {affect.expression} {affect.expression_probabilities[affect.expression]:.0%}"
         font = self._font(15, bold=True)
@@ -143,7 +163,13 @@ class Annotator:
         pen.text((x0 + 8, y + 12), text, _BACK, font, anchor="lm")
 
     def _panel(
-        self, pen: "ImageDraw", main: Affect | None, seconds: dict[str, float], timestamp_s: float
+        self,
+        pen: "ImageDraw",
+        main: Affect | None,
+        seconds: dict[str, float],
+        timestamp_s: float,
+        perclos: float | None,
+        observed_s: float,
     ) -> tuple[int, int, int, int]:
         """The panel's text and bars; returns where the valence/arousal trace goes: x0, y0, x1, y1."""
         left, right = self._picture[0] + _EDGE_PX, self.size[0] - _EDGE_PX
@@ -161,7 +187,7 @@ class Annotator:
         ):
             pen.text((x, y), "-" if value is None else f"{value:+.2f}", colour, self._font(13), anchor="lm")
         pen.text((right, y), "proxy", _DIM, self._font(11), anchor="rm")
-        trace = (left, y + 14, right, y + 104)
+        trace = (left, y + 14, right, y + 96)
         pen.rounded_rectangle(trace, 6, fill=_CARD)
         middle = (trace[1] + trace[3]) // 2
         pen.line((left + 6, middle, right - 6, middle), _RULE)
@@ -169,12 +195,24 @@ class Annotator:
             pen.text((left + 6, at), label, _DIM, self._font(10), anchor="lm")
         y = trace[3] + 22
         closure = None if main is None else main.eye_closure
+        green = _DIM if main is not None and main.held else _GREEN
         pen.text((left, y), "eye closure", _GREEN, self._font(13, bold=True), anchor="lm")
-        pen.text((right, y), "-" if closure is None else f"{closure:.2f}", _GREEN, self._font(13), anchor="rm")
-        self._bar(pen, (left, y + 13, right, y + 27), closure, _GREEN)
+        pen.text((right, y), "-" if closure is None else f"{closure:.2f}", green, self._font(13), anchor="rm")
+        self._bar(pen, (left, y + 13, right, y + 27), closure, green)
         pen.text((left, y + 37), "open", _DIM, self._font(10), anchor="lm")
         pen.text((right, y + 37), "shut", _DIM, self._font(10), anchor="rm")
-        self._latency(pen, seconds, left, right, y + 62)
+        pen.text((left, y + 60), "PERCLOS", _BRIGHT, self._font(13, bold=True), anchor="lm")
+        pen.text((left + 74, y + 60), "last minute", _DIM, self._font(11), anchor="lm")
+        # Right of it the share, or how much of the eyes has been seen of what is needed to say one.
+        said = (
+            f"{perclos:.0%}"
+            if perclos is not None
+            else "-"
+            if main is None
+            else f"{observed_s:.0f} s of {LEAST_EYES_S:.0f} s seen"
+        )
+        pen.text((right, y + 60), said, _BRIGHT, self._font(13, bold=perclos is not None), anchor="rm")
+        self._latency(pen, seconds, left, right, y + 80)
         return trace
 
     def _expressions(self, pen: "ImageDraw", main: Affect | None, left: int, right: int, y: int) -> int:
@@ -185,13 +223,18 @@ class Annotator:
             pen.text(((left + right) // 2, y + 104), text, _DIM, self._font(16), anchor="mm")
             return y + 230
         title = main.expression or ""
-        pen.text((left + 12, y + 22), title, _BRIGHT, self._font(22, bold=True), anchor="lm")
+        bright = _DIM if main.held else _BRIGHT
+        font = self._font(22, bold=True)
+        pen.text((left + 12, y + 22), title, bright, font, anchor="lm")
+        if main.held:
+            beside = left + 20 + int(pen.textlength(title, font))
+            pen.text((beside, y + 24), "held", _WARN, self._font(13), anchor="lm")
         probability = main.expression_probabilities[title]
-        pen.text((right - 12, y + 22), f"{probability:.0%}", _BRIGHT, self._font(22, bold=True), anchor="rm")
+        pen.text((right - 12, y + 22), f"{probability:.0%}", bright, self._font(22, bold=True), anchor="rm")
         rows = list(main.expression_probabilities.items())[:8]
         for i, (label, share) in enumerate(rows):
             row = y + 54 + i * 19
-            colour = _SKY if label == title else _DIM
+            colour = _SKY if label == title and not main.held else _DIM
             pen.text((left + 12, row), label, _BRIGHT if label == title else _DIM, self._font(12), anchor="lm")
             self._bar(pen, (left + 100, row - 5, right - 12, row + 5), share, colour)
         return y + 230
@@ -217,17 +260,24 @@ class Annotator:
         x0, y0, x1, y1 = area[0] + 24, area[1] + 6, area[2] - 8, area[3] - 6
         # In 1/16 pixels, so that a slow line does not climb in stairs.
         for which, colour in ((2, _ORANGE), (1, _SKY)):
-            points = [(past[0], past[which]) for past in self._past[track_id]]
-            xy = [
-                (x1 - (timestamp_s - t) / _TRACE_S * (x1 - x0), (y0 + y1) / 2 - np.clip(v, -1, 1) * (y1 - y0) / 2)
-                for t, v in points
-                if v is not None
+            points = [
+                (
+                    x1 - (timestamp_s - past[0]) / _TRACE_S * (x1 - x0),
+                    (y0 + y1) / 2 - np.clip(value, -1, 1) * (y1 - y0) / 2,
+                    past[3],
+                )
+                for past in self._past[track_id]
+                if (value := past[which]) is not None
             ]
-            if not xy:
-                continue
-            line = np.round(np.array(xy) * 16).astype(np.int32)
-            cv2.polylines(canvas, [line], False, colour, 2, cv2.LINE_AA, shift=4)
-            cv2.circle(canvas, (int(line[-1, 0]), int(line[-1, 1])), 4 * 16, colour, -1, cv2.LINE_AA, shift=4)
+            for held, run in groupby(pairwise(points), key=lambda pair: pair[1][2]):
+                pairs = list(run)
+                line = np.round(np.array([pairs[0][0][:2], *(end[:2] for _, end in pairs)]) * 16).astype(np.int32)
+                # What is only held is grey: nobody measured it.
+                cv2.polylines(canvas, [line], False, _DIM if held else colour, 1 if held else 2, cv2.LINE_AA, shift=4)
+            if points:
+                x, y = (round(float(v) * 16) for v in points[-1][:2])
+                now = _DIM if points[-1][2] else colour
+                cv2.circle(canvas, (x, y), 4 * 16, now, -1, cv2.LINE_AA, shift=4)
 
     @staticmethod
     def _bar(pen: "ImageDraw", area: tuple[int, int, int, int], share: float | None, colour: Colour) -> None:
@@ -249,8 +299,15 @@ class Annotator:
         return self._fonts[size, bold]
 
 
-def _area(affect: Affect) -> float:
-    return affect.box[2] * affect.box[3] if affect.box else 0.0
+def _dashes(canvas: Picture, corners: NDArray[np.int32], colour: Colour) -> None:
+    """A dashed line through the corners."""
+    import cv2
+
+    for start, end in zip(corners[:-1].astype(float), corners[1:].astype(float), strict=True):
+        length = float(np.hypot(*(end - start)))
+        for at in np.arange(0.0, length, 8.0):
+            a, b = (start + (end - start) * min(s, length) / max(length, 1.0) for s in (at, at + 4.0))
+            cv2.line(canvas, (round(a[0]), round(a[1])), (round(b[0]), round(b[1])), colour, 2, cv2.LINE_AA)
 
 
 def _clock(seconds: float) -> str:

@@ -1,29 +1,26 @@
 """What a run leaves behind besides the video: a table, a plot, a summary."""
 
-import csv
 import json
 import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from affect_demos._changes import LEAST_EYES_S
 from affect_demos._output import MADE_BY
-from affect_edge import Affect, Recognizer
+from affect_demos._session import STAGES, Reading, Session
+from affect_edge import Recognizer
 
 __all__ = [
     "PURPOSE",
-    "STAGES",
-    "FrameRecord",
     "cpu_name",
     "print_summary",
     "summarise",
-    "write_csv",
     "write_json",
     "write_plot",
 ]
@@ -32,76 +29,21 @@ PURPOSE = (
     "Meant for driver safety: signs of drowsiness or distress. Everything stays on this device. "
     "The outputs are not a feeling, a diagnosis, or evidence."
 )
-STAGES = ("detect", "encode", "step", "total")
 
 # Okabe and Ito's palette, told apart with any colour vision.
 _PALETTE = ("#999999", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442")
 
 
-@dataclass(frozen=True, slots=True)
-class FrameRecord:
-    """One frame's results.
-
-    Attributes:
-        index: frame number, from 0.
-        timestamp_s: its time in the source.
-        affects: one entry a face; empty when there is none.
-        seconds: stage -> seconds it took, for the stages that ran, and "total".
-    """
-
-    index: int
-    timestamp_s: float
-    affects: tuple[Affect, ...]
-    seconds: dict[str, float]
-
-
-def write_csv(path: Path, records: Sequence[FrameRecord]) -> None:
-    """Writes one row per face and frame; empty cells where the model has no such output or a stage did not run."""
-    affects = [affect for record in records for affect in record.affects]
-    labels = list(dict.fromkeys(label for a in affects for label in a.expression_probabilities or {}))
-    units = list(dict.fromkeys(unit for a in affects for unit in a.action_units or {}))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(
-            ["frame", "timestamp_s", "track_id", "box_x", "box_y", "box_width", "box_height"]
-            + ["valence", "arousal", "expression", *(f"p_{label}" for label in labels), *units, "eye_closure", "held"]
-            + [f"{stage}_ms" for stage in STAGES]
-        )
-        for record in records:
-            times = [_text(record.seconds[s] * 1e3, 3) if s in record.seconds else "" for s in STAGES]
-            for a in record.affects:
-                box = [_text(side, 2) for side in a.box or (None,) * 4]
-                probabilities = [_text((a.expression_probabilities or {}).get(label)) for label in labels]
-                actions = [_text((a.action_units or {}).get(unit)) for unit in units]
-                judged = [_text(a.valence), _text(a.arousal), a.expression or "", *probabilities, *actions]
-                where = [record.index, _text(record.timestamp_s, 6), a.track_id, *box]
-                table.writerow([*where, *judged, _text(a.eye_closure), int(a.held), *times])
-
-
-def _text(value: float | None, digits: int = 5) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def summarise(
-    records: Sequence[FrameRecord], recognizer: Recognizer, source: str, fps: float, threads: int
-) -> dict[str, Any]:
+def summarise(session: Session, recognizer: Recognizer, source: str, fps: float, threads: int) -> dict[str, Any]:
     """The run in numbers, ready for summary.json."""
     bundle = recognizer.bundle
-    latency = {}
-    for stage in STAGES:
-        times = [record.seconds[stage] * 1e3 for record in records if stage in record.seconds]
-        p50, p99 = (float(np.percentile(times, q)) for q in (50, 99)) if times else (None, None)
-        latency[stage] = {"p50_ms": p50, "p99_ms": p99, "frames": len(times)}
-    media_s = records[-1].timestamp_s - records[0].timestamp_s + 1.0 / fps if records else 0.0
-    busy_s = sum(record.seconds["total"] for record in records)
+    counted = session.summary()
+    media_s = counted["duration_s"] + 1.0 / fps if counted["frames"] else 0.0
     return {
         "made_by": MADE_BY,
         "source": source,
-        "frames": len(records),
-        "frames_with_faces": sum(bool(record.affects) for record in records),
-        "faces": len({a.track_id for record in records for a in record.affects}),
-        "latency": latency,
-        "real_time_factor": busy_s / media_s if media_s else None,
+        **counted,
+        "real_time_factor": session.busy_s / media_s if media_s else None,
         "bundle": {
             "path": str(bundle.path),
             "model": bundle.model_name,
@@ -143,6 +85,7 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
         times = summary["latency"][stage]
         value = f"p50 {times['p50_ms']:.2f} ms, p99 {times['p99_ms']:.2f} ms" if times["frames"] else "did not run"
         rows.append((names[stage], value + (f"  ({times['frames']} frames)" if 0 < times["frames"] < frames else "")))
+    rows += _eye_rows(summary)
     factor = summary["real_time_factor"]
     if factor:
         rows.append(("real-time factor", f"{factor:.3f} of the video's duration"))
@@ -163,6 +106,27 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
     console.print(Text(f"Written: {output}"), soft_wrap=True)
 
 
+def _eye_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Drowsiness, held results, and what happened to the source; nothing where there is nothing to say."""
+    rows = []
+    if summary["frames_with_faces"]:
+        most = summary["perclos"]["most"]
+        said = (
+            f"nothing to say before {LEAST_EYES_S:.0f} s of open view of the face"
+            if most is None
+            else f"{most:.1%} at most"
+        )
+        rows.append(("PERCLOS (proxy)", said))
+    if summary["held_share"]:
+        rows.append(("held over gaps", f"{summary['held_share']:.1%} of the time with a face"))
+    if summary["frames_dropped"]:
+        rows.append(("frames dropped", str(summary["frames_dropped"])))
+    said_by_source = [event for event in summary["events"] if event["event"] == "source"]
+    for i, event in enumerate(said_by_source[-5:]):
+        rows.append(("" if i else "source", f"{event['timestamp_s']:.1f} s: {event['kind']}: {event['detail']}"))
+    return rows
+
+
 def _parity_lines(parity: dict[str, Any]) -> list[str]:
     """The bounded figures, worst output of each metric."""
     bounded = [f for f in parity["figures"] if f.get("limit") is not None]
@@ -176,7 +140,7 @@ def _parity_lines(parity: dict[str, Any]) -> list[str]:
     return [f"{passed} of {len(bounded)} bounds met on {parity['data']}, {parity['steps']} steps", *lines]
 
 
-def write_plot(path: Path, records: Sequence[FrameRecord], title: str) -> None:
+def write_plot(path: Path, records: Sequence[Reading], title: str) -> None:
     """Draws the timeline of the face seen longest, and the latency of all frames.
 
     Args:
@@ -214,15 +178,35 @@ def write_plot(path: Path, records: Sequence[FrameRecord], title: str) -> None:
     if closure is not None:
         eyes.fill_between(times, closure, color="#009E73", alpha=0.35, linewidth=0)
         eyes.plot(times, closure, color="#009E73", linewidth=1.5)
+    drowsy = [r.perclos.get(main) for r in records if main in {a.track_id for a in r.affects}]
+    if any(share is not None for share in drowsy):
+        known = [np.nan if share is None else share for share in drowsy]
+        eyes.plot(times, known, color="#333333", linestyle="--", linewidth=1.5, label="PERCLOS (proxy)")
     eyes.set(ylim=(0, 1), ylabel="eye closure")
+    for start, end in _spans(times, [a.held for _, a in affects]):
+        for axes in (top, middle, eyes):
+            axes.axvspan(start, end, color="#BBBBBB", alpha=0.45, linewidth=0, label="held" if axes is top else None)
+    for record in records:
+        for event in record.events:
+            if event.event == "source":
+                for axes in (top, middle, eyes, speed):
+                    axes.axvline(record.timestamp_s, color="#D55E00", linestyle=":", linewidth=1.0)
     for stage, colour in zip(STAGES, ("#E69F00", "#56B4E9", "#CC79A7", "#333333"), strict=True):
         points = [(r.timestamp_s, r.seconds[stage] * 1e3) for r in records if stage in r.seconds]
         if points:
             speed.plot(*zip(*points, strict=True), color=colour, label=stage, linewidth=1.2)
     speed.set(ylabel="latency, ms", xlabel="time in the source, s", ylim=(0, None))
-    for axes in (top, middle, speed):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper left", bbox_to_anchor=(1.005, 1.0), frameon=False, fontsize=9)
+    for axes in (top, middle, eyes, speed):
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # of each name one
+        if handles:
+            axes.legend(
+                handles.values(),
+                handles.keys(),
+                loc="upper left",
+                bbox_to_anchor=(1.005, 1.0),
+                frameon=False,
+                fontsize=9,
+            )
     for axes in (top, middle, eyes):
         if not affects:
             axes.text(0.5, 0.5, "no face in any frame", transform=axes.transAxes, ha="center", va="center")
@@ -234,6 +218,18 @@ def write_plot(path: Path, records: Sequence[FrameRecord], title: str) -> None:
     start, end = (records[0].timestamp_s, records[-1].timestamp_s) if records else (0.0, 1.0)
     speed.set_xlim(start, end if end > start else start + 1.0)
     figure.savefig(path)
+
+
+def _spans(times: NDArray[np.float64], held: Sequence[bool]) -> list[tuple[float, float]]:
+    """From the first held result of each gap to the next reading."""
+    spans, start = [], None
+    for time, is_held in zip(times.tolist(), held, strict=True):
+        if is_held and start is None:
+            start = time
+        elif not is_held and start is not None:
+            spans.append((start, time))
+            start = None
+    return spans if start is None else [*spans, (start, float(times[-1]))]
 
 
 def _series(values: Sequence[float | None]) -> NDArray[np.float64] | None:

@@ -1,4 +1,4 @@
-"""`affect-dashcam VIDEO_OR_CAMERA`: what the device would see and say, as a video, a table and a plot.
+"""`affect-dashcam SOURCE`: what the device sees and says of a driver, as video, table and plot, or live on a page.
 
 Exit codes: 0 done, 1 refused or failed, 2 usage or an output folder that is not ours.
 """
@@ -6,42 +6,46 @@ Exit codes: 0 done, 1 refused or failed, 2 usage or an output folder that is not
 import argparse
 import importlib.util
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affect_demos._output import SUMMARY, OutputRefused, check_output, whole_folder
+from affect_demos._output import OutputRefused, check_output, whole_folder
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from affect_demos._record import Recorder
+    from affect_demos._session import Session
+    from affect_edge import FrameSource, Recognizer
 
-    from affect_demos._report import FrameRecord
-    from affect_edge import Recognizer, VideoSource
-
-__all__ = ["demo_clip", "main"]
+__all__ = ["demo_clip", "main", "source_name"]
 
 _EXTRA = 'pip install "affect-edge[demo]"'
+_LEAST_TOKEN = 12
 _CLIP = Path("datasets", "data", "carphone_pristine.mp4")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Watches a video or camera; writes annotated.mp4, timeline.csv, timeline.png and summary.json."""
-    arguments = _parser().parse_args(argv)
-    output: Path = arguments.output
+    """Watches a video or camera; writes annotated.mp4, timeline.csv, timeline.png, summary.json; or shows it live."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    _check_live(parser, arguments)
+    output: Path | None = arguments.record if arguments.live else arguments.output
     try:
-        check_output(output)
+        if output is not None:
+            check_output(output)
     except OutputRefused as error:
         return _say(error, 2)
 
     from affect_edge import AffectError, Recognizer
 
     try:
-        _check_libraries()
+        _check_libraries(arguments.live, output is not None)
         source = str(demo_clip()) if arguments.demo_clip else arguments.source
         recognizer = Recognizer(arguments.bundle, threads=arguments.threads)
-        return _run(recognizer, source, output, arguments)
+        if arguments.live:
+            from affect_demos._live import run_live
+
+            return run_live(recognizer, source, output, arguments)
+        return _run(recognizer, source, arguments.output, arguments)
     except OutputRefused as error:
         return _say(error, 2)
     except AffectError as error:
@@ -69,79 +73,58 @@ def demo_clip() -> Path:
 
 
 def _run(recognizer: "Recognizer", source: str, output: Path, arguments: argparse.Namespace) -> int:
-    from affect_demos._report import print_summary, summarise, write_csv, write_json, write_plot
+    from affect_demos._record import Recorder
+    from affect_demos._report import print_summary, summarise
     from affect_edge import open_source
 
     with open_source(source) as video, whole_folder(output) as folder:
-        records = _watch(recognizer, video, folder / "annotated.mp4", arguments.max_frames)
-        # A camera's own name says more than its index; a file's folder is nobody's business.
-        name = video.name if video.frame_count is None else Path(video.name).name
-        summary = summarise(records, recognizer, name, video.fps, arguments.threads)
-        write_csv(folder / "timeline.csv", records)
-        write_plot(folder / "timeline.png", records, name)
-        write_json(folder / SUMMARY, summary)
+        recorder = Recorder(folder, recognizer, video)
+        try:
+            session = _watch(recognizer, video, recorder, arguments.max_frames)
+            name = source_name(video)
+            summary = summarise(session, recognizer, name, video.fps, arguments.threads)
+            recorder.finish(summary, name)
+        finally:
+            recorder.close()
     print_summary(summary, output)
     return 0
 
 
-def _watch(recognizer: "Recognizer", video: "VideoSource", path: Path, max_frames: int | None) -> "list[FrameRecord]":
+def _watch(recognizer: "Recognizer", video: "FrameSource", recorder: "Recorder", max_frames: int | None) -> "Session":
     """Steps through the video, drawing as it goes; a camera runs until Ctrl-C."""
-    from affect_demos._drawing import Annotator
-    from affect_demos._report import FrameRecord
+    from affect_demos._session import Session
 
-    bundle = recognizer.bundle
-    warning = "" if bundle.manifest.trained else "RANDOM WEIGHTS: the outputs mean nothing"
-    records: list[FrameRecord] = []
-    stream = recognizer.stream()
-    annotator: Annotator | None = None
-    write: Callable[[NDArray[np.uint8]], None]
-    close: Callable[[], None] | None = None
+    session = Session()
+    frames = 0
     try:
-        for frame, timestamp_s in video:
-            started = time.perf_counter()
-            affects = stream.step(frame, timestamp_s)
-            seconds = {**stream.timings, "total": time.perf_counter() - started}
-            if annotator is None:
-                size = (frame.shape[1], frame.shape[0])
-                annotator = Annotator(size, f"{bundle.model_name} for {bundle.target_name}", warning)
-                write, close = _open_writer(path, video.fps, annotator.size)
-            write(annotator.draw(frame, affects, seconds, timestamp_s))
-            records.append(FrameRecord(len(records), timestamp_s, tuple(affects), seconds))
-            if max_frames is not None and len(records) >= max_frames:
+        for moment in recognizer.stream().watch(video):
+            seconds = {**moment.timings, "total": sum(moment.timings.values())}
+            picture = moment.frame is not None
+            reading = session.update(
+                moment.timestamp_s, moment.affects, seconds, moment.events, moment.dropped, picture
+            )
+            recorder.add(moment.frame, reading)
+            frames += picture
+            if max_frames is not None and frames >= max_frames:
                 break
     except KeyboardInterrupt:
         # The only way to stop a camera; a file that was stopped is not the file, so nothing of it is kept.
-        if video.frame_count is not None or not records:
+        if video.frame_count is not None or not recorder.count:
             raise
-    finally:
-        if close is not None:
-            close()
-    return records
+    return session
 
 
-def _open_writer(
-    path: Path, fps: float, size: tuple[int, int]
-) -> "tuple[Callable[[NDArray[np.uint8]], None], Callable[[], None]]":
-    import cv2
-
-    from affect_edge import AffectError
-
-    # Of the codecs for .mp4, PyPI's OpenCV can write mp4v and VP9, and VP9 takes a hundred times as long.
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
-    if not writer.isOpened():
-        raise AffectError(f"{path.name}: this OpenCV cannot write MPEG-4 video; pip install opencv-python-headless")
-
-    def write(picture: "NDArray[np.uint8]") -> None:
-        writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-
-    return write, writer.release
+def source_name(source: "FrameSource") -> str:
+    """For titles: a camera's own name says more than its index; a file's folder is nobody's business."""
+    return source.name if source.live else Path(source.name).name
 
 
-def _check_libraries() -> None:
+def _check_libraries(live: bool, output: bool) -> None:
     """Says what is missing before a minute of work, not after."""
     from affect_edge import MissingDependencyError
 
-    missing = [name for name in ("matplotlib", "PIL", "rich") if importlib.util.find_spec(name) is None]
+    needed = [*(["aiohttp"] if live else []), *(["matplotlib", "PIL", "rich"] if output else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(f"the demo needs {', '.join(missing)}: {_EXTRA}")
 
@@ -150,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="affect-dashcam", description=main.__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "source", nargs="?", metavar="VIDEO_OR_CAMERA", help="a video file, or a camera's index such as 0"
+        "source", nargs="?", metavar="SOURCE", help="a video file, a camera's index such as 0, or a camera's URL"
     )
     what.add_argument("--demo-clip", action="store_true", help="the clip that comes with the demo extra")
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="default: the shipped student")
@@ -161,7 +144,33 @@ def _parser() -> argparse.ArgumentParser:
         "--max-frames", type=_count, metavar="N", help="stop after N frames; a camera also stops on Ctrl-C"
     )
     parser.add_argument("--threads", type=_count, metavar="N", default=1, help="for each engine (default: %(default)s)")
+    live = parser.add_argument_group("live", "A local web page instead of files; Ctrl-C ends it.")
+    live.add_argument("--live", action="store_true", help="serve the page; a file plays in real time")
+    live.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1, this machine alone; others need the token")
+    live.add_argument("--port", type=_port, metavar="N", help="default: 8347; 0 picks a free one")
+    live.add_argument("--token", metavar="TEXT", help="auto makes one, as every --host wider than this machine does")
+    live.add_argument(
+        "--record", type=Path, metavar="DIR", help="also write the session there; default: nothing is kept"
+    )
     return parser
+
+
+def _check_live(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if not arguments.live:
+        given = [f"--{name}" for name in ("host", "port", "token", "record") if getattr(arguments, name) is not None]
+        if given:
+            parser.error(f"{', '.join(given)}: only with --live")
+    elif arguments.max_frames is not None:
+        parser.error("--max-frames: not with --live, which runs until the source ends or Ctrl-C")
+    elif arguments.token is not None and arguments.token != "auto" and len(arguments.token) < _LEAST_TOKEN:
+        parser.error(f"--token: at least {_LEAST_TOKEN} characters, or auto")
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 65536:
+        raise argparse.ArgumentTypeError(f"{value} is not a port, 0 to 65535")
+    return value
 
 
 def _count(text: str) -> int:

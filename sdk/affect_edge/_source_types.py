@@ -23,7 +23,8 @@ class SourceEvent:
 
     Attributes:
         kind: "stalled" (no new picture in time), "failed" (a read or an opening that gave nothing), "reopened",
-            "resized" (pictures of another size from here on), "repeated" (pictures of a time that was already there),
+            "resized" (pictures of another size from here on; within one connection OpenCV's FFmpeg scales to the size
+            that it began with), "repeated" (pictures of a time that was already there),
             "backward" (a clock that jumped back).
         timestamp_s: when, on the source's clock.
         detail: in words, without passwords.

@@ -201,8 +201,12 @@ class Stream:
                     f"{source.name} is recorded and {sound.name} is live: they share no clock; give the recording's "
                     "own sound as a WAV file"
                 )
-            sound.join(source.epoch_s)
+        joined = False
         for frame, timestamp_s in source.frames(tick_s if source.live else None):
+            if sound is not None and not joined:
+                # Not before: the first frame that is pushed says where its clock begins.
+                sound.join(source.epoch_s)
+                joined = True
             affects = self.step(frame, timestamp_s, None if sound is None else sound.take(timestamp_s))
             events = source.take_events() + ([] if sound is None else sound.take_events())
             yield Moment(frame, timestamp_s, affects, dict(self.timings), events, source.stats.dropped)

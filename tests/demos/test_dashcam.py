@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 import affect_edge
 from affect_demos._drawing import Annotator
-from affect_demos._report import FrameRecord, cpu_name, summarise, write_csv, write_plot
+from affect_demos._record import Recorder, TimelineCsv
+from affect_demos._report import cpu_name, summarise, write_plot
+from affect_demos._session import Reading, Session
 from affect_demos.dashcam import main
-from affect_edge import Affect
+from affect_edge import Affect, Moment, SourceEvent, SourceStats
 
 Frame = NDArray[np.uint8]
 
@@ -50,6 +52,11 @@ def fake_recognizer(step: Callable[[int, float], list[Affect]], trained: bool = 
             self.count += 1
             self.timings = {"detect": 0.004} | ({"encode": 0.002, "step": 0.001} if affects else {})
             return affects
+
+        def watch(self, source: Any) -> Iterator[Moment]:
+            for frame, timestamp_s in source.frames(0.1 if source.live else None):
+                affects = self.step(frame, timestamp_s)
+                yield Moment(frame, timestamp_s, affects, self.timings, source.take_events(), source.stats.dropped)
 
     figures = [{"output": "valence", "metric": "ccc", "value": 0.99999, "limit": 0.999, "passed": True}]
     bundle = SimpleNamespace(
@@ -226,14 +233,17 @@ def test_a_run_that_ends_badly_leaves_the_earlier_result(
 class Camera:
     """Frames without end."""
 
-    name, fps, frame_count = "camera 0", 30.0, None
+    name, fps, frame_count, live, stats = "camera 0", 30.0, None, True, SourceStats()
+
+    def take_events(self) -> list[SourceEvent]:
+        return []
 
     def __enter__(self) -> "Camera":
         return self
 
     def __exit__(self, *error: object) -> None: ...
 
-    def __iter__(self) -> Iterator[tuple[Frame, float]]:
+    def frames(self, tick_s: float | None) -> Iterator[tuple[Frame | None, float]]:
         for i in range(1000):
             yield np.full((80, 96, 3), 90, np.uint8), i / 30
 
@@ -365,25 +375,161 @@ def test_a_box_over_the_edge_stays_out_of_the_panel(box: tuple[float, float, flo
 def test_outputs_that_a_model_has_not_are_left_empty(tmp_path: Path) -> None:
     """A model with valence alone, one frame, two faces: no invented numbers, no crash."""
     bare = [Affect(0.0, i, (5.0, 5.0, 40.0, 40.0), LANDMARKS, valence=0.25) for i in (0, 1)]
-    records = [FrameRecord(0, 0.0, tuple(bare), {"detect": 0.004, "total": 0.005})]
-    write_csv(tmp_path / "t.csv", records)
+    records = [Reading(0.0, tuple(bare), bare[0], seconds={"detect": 0.004, "total": 0.005})]
+    table = TimelineCsv(tmp_path / "t.csv")
+    table.add(0, records[0])
+    table.close()
     for row in rows(tmp_path / "t.csv"):
         assert row["valence"] == "0.25000"
-        assert all(row[name] == "" for name in ("arousal", "expression", "eye_closure", "encode_ms", "step_ms"))
+        assert all(
+            row[name] == "" for name in ("arousal", "expression", "eye_closure", "perclos", "encode_ms", "step_ms")
+        )
     write_plot(tmp_path / "t.png", records, "clip")
     assert (tmp_path / "t.png").stat().st_size > 5000
     assert Annotator((96, 80), "").draw(np.zeros((80, 96, 3), np.uint8), bare, {}, 0.0).any()
 
 
 def test_the_summary_counts_what_happened() -> None:
-    records = [
-        FrameRecord(0, 0.0, (), {"detect": 0.010, "total": 0.010}),
-        FrameRecord(1, 0.1, (judged(0.1), judged(0.1, 1)), {"detect": 0.020, "encode": 0.002, "total": 0.030}),
-    ]
+    session = Session()
+    session.update(0.0, [], {"detect": 0.010, "total": 0.010})
+    session.update(0.1, [judged(0.1), judged(0.1, 1)], {"detect": 0.020, "encode": 0.002, "total": 0.030}, dropped=3)
     recognizer = fake_recognizer(lambda i, t: [])(None, 1)
-    summary = summarise(records, recognizer, "drive.mp4", fps=10.0, threads=1)
+    summary = summarise(session, recognizer, "drive.mp4", fps=10.0, threads=1)
     assert (summary["frames"], summary["frames_with_faces"], summary["faces"]) == (2, 1, 2)
+    assert summary["frames_dropped"] == 3
     assert summary["real_time_factor"] == pytest.approx(0.040 / 0.2)
     assert summary["latency"]["detect"] == {"p50_ms": pytest.approx(15.0), "p99_ms": pytest.approx(19.9), "frames": 2}
     assert summary["latency"]["step"] == {"p50_ms": None, "p99_ms": None, "frames": 0}
     json.dumps(summary)
+
+
+def test_the_session_adds_up_time_expressions_and_held_results() -> None:
+    """One second happy, one second held, one neutral; then nobody."""
+    session = Session()
+    for i in range(40):
+        held, expression = 10 <= i < 20, "neutral" if i >= 20 else "happiness"
+        affects = [judged(i / 10, held=held, expression=expression)] if i < 30 else []
+        session.update(i / 10, affects, {"total": 0.001}, picture=not held)
+    counts = session.counts()
+    assert counts["frames"] == 30 and counts["duration_s"] == pytest.approx(3.9)
+    assert counts["face_s"] == pytest.approx(3.0) and counts["held_share"] == pytest.approx(1 / 3)
+    assert counts["expression_s"] == {"happiness": pytest.approx(1.0), "neutral": pytest.approx(1.0)}
+    assert counts["perclos"]["most"] is None  # two seconds of eyes are too few
+
+
+def test_a_stall_is_spent_with_no_expression() -> None:
+    session = Session()
+    session.update(0.0, [judged(0.0)], {})
+    session.update(600.0, [judged(600.0)], {})
+    assert session.counts()["face_s"] <= 1.0
+
+
+def test_perclos_of_the_face_in_front_goes_into_the_summary() -> None:
+    session = Session()
+    for i in range(400):
+        shut = 5.0 <= i / 10 < 15.0
+        reading = session.update(i / 10, [judged(i / 10, eye_closure=float(shut))], {})
+    assert reading.perclos[0] == pytest.approx(0.25, abs=0.01) and 0 in reading.drowsy
+    counts = session.counts()
+    assert counts["perclos"]["most"] == pytest.approx(10 / 30, abs=0.01)
+    assert counts["perclos"]["drowsy_s"] == pytest.approx(9.9, abs=0.2)  # from 30 s on, when there is enough to say
+
+
+def test_held_results_look_otherwise_and_say_so() -> None:
+    """Grey and dashed: the box, the label, the panel and the trace all differ from a reading's."""
+    frame = np.full((144, 176, 3), 60, np.uint8)
+
+    def drawn(held: bool, picture: bool = True) -> Frame:
+        annotator = Annotator((176, 144), "student for cpu")
+        annotator.draw(frame, [judged(0.0)], {}, 0.0)
+        return annotator.draw(frame, [judged(0.1, held=held)], {}, 0.1, picture=picture)
+
+    sky = np.array([86, 180, 233])
+    blue = [int((image[:, :704] == sky).all(2).sum()) for image in (drawn(False), drawn(True))]
+    assert blue[0] > 500 and blue[1] == 0
+    assert not np.array_equal(drawn(False)[:, 704:], drawn(True)[:, 704:])
+    stale = drawn(True, picture=False)
+    assert stale[300, 20].tolist() == [30, 30, 30]  # the last picture, at half its light
+    assert (stale[250:330, 200:500] == [240, 228, 66]).all(2).any()  # and the words
+
+
+def test_the_panel_says_perclos_or_what_is_missing_for_it() -> None:
+    frame = np.zeros((144, 176, 3), np.uint8)
+
+    def panel(**more: Any) -> Frame:
+        return Annotator((176, 144), "").draw(frame, [judged(0.0)], {}, 0.0, **more)[:, 704:]
+
+    waiting = panel(observed_s={0: 4.0})
+    assert not np.array_equal(waiting, panel(observed_s={0: 9.0}))
+    assert not np.array_equal(waiting, panel(observed_s={0: 40.0}, perclos={0: 0.12}))
+
+
+class Stalling(Camera):
+    """A camera that gives ten pictures, half a second of nothing, and a picture again."""
+
+    def __init__(self) -> None:
+        self.said = [SourceEvent("stalled", 0.5, "no picture for 0.2 s")]
+
+    def take_events(self) -> list[SourceEvent]:
+        said, self.said = self.said, []
+        return said
+
+    def frames(self, tick_s: float | None) -> Iterator[tuple[Frame | None, float]]:
+        frame = np.full((80, 96, 3), 90, np.uint8)
+        yield from ((frame, i / 30) for i in range(10))
+        yield from ((None, 0.4 + i / 10) for i in range(5))
+        yield frame, 0.9
+
+
+def test_a_camera_that_stalls_keeps_its_time_and_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import cv2
+
+    monkeypatch.setattr(affect_edge, "Recognizer", fake_recognizer(lambda i, t: [judged(t, held=10 <= i < 15)]))
+    monkeypatch.setattr(affect_edge, "open_source", lambda source: Stalling())
+    assert main(["0", "--output", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["frames"] == 11 and summary["latency"]["total"]["frames"] == 11
+    assert summary["held_share"] == pytest.approx(0.5 / 0.9, abs=0.01)
+    assert [e["kind"] for e in summary["events"] if e["event"] == "source"] == ["stalled"]
+    assert "stalled: no picture for 0.2 s" in capsys.readouterr().out
+    table = rows(tmp_path / "out" / "timeline.csv")
+    assert [row["held"] for row in table] == ["0"] * 10 + ["1"] * 5 + ["0"]
+    capture = cv2.VideoCapture(str(tmp_path / "out" / "annotated.mp4"))
+    assert sum(1 for _ in iter(lambda: capture.read()[0], False)) == 28  # 0.9 s at 30 a second, and the first
+    capture.release()
+
+
+def test_a_record_of_a_day_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for the plot is thinned; the table has every row."""
+    import affect_demos._record as record
+
+    monkeypatch.setattr(record, "_MOST_PLOTTED", 50)
+    recognizer = fake_recognizer(lambda i, t: [])(None, 1)
+    source: Any = Camera()
+    recorder = Recorder(tmp_path, recognizer, source)
+    for i in range(1000):
+        recorder.add(None, Reading(i / 10, (judged(i / 10),), picture=False))
+    assert len(recorder._plotted) <= 50
+    assert [r.timestamp_s for r in recorder._plotted[:3]] == [0.0, 3.2, 6.4]
+    recorder.finish({"made_by": "affect-dashcam"}, "camera 0")
+    assert len(rows(tmp_path / "timeline.csv")) == 1000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["0", "--port", "9000"],
+        ["0", "--record", "x"],
+        ["0", "--token", "auto"],
+        ["0", "--live", "--max-frames", "3"],
+        ["0", "--live", "--port", "65536"],
+        ["0", "--live", "--token", "short"],
+    ],
+)
+def test_wrong_usage_of_live_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "--" in capsys.readouterr().err
