@@ -114,7 +114,8 @@ class Recognizer:
             face_crop: (crop_px, crop_px, 3) RGB, uint8 or float in [0, 255], cut as the manifest says: by the eyes
                 (`affect_runtimes.preprocess.align_face`) or by the box (`crop_box`). None for a model that only hears.
             state: from `initial_state` or the last step. It is not changed.
-            dt: time since the last step over `frame_interval_s`, above 0.
+            dt: time since the last step over `frame_interval_s`, above 0. Far from 1 several steps of a smaller dt are
+                nearer to what the model was taught; a stream takes them by itself.
             landmarks: (68, 2) fractions of the crop in the iBUG order, for models that take them.
             audio: what was heard since the last step, for models that hear. One that can do without says
                 `audio_missing` in its result when it is None.
