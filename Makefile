@@ -12,6 +12,8 @@ PYTEST_ARGS ?=
 SOAK_ARGS ?=
 # How long `make fuzz` looks, all fuzzers together.
 FUZZ_SECONDS ?= 600
+# The same for each fuzzer of `make fuzz-python`.
+FUZZ_PYTHON_SECONDS ?= 60
 
 SYSTEMS := mamba-va mamba-fer ag-ssm reno ms-vssm
 BIN := $(VENV)/bin
@@ -34,7 +36,7 @@ SAY_IF_NATIVE = $(BIN)/python -c 'from affect_runtimes import native; print(nati
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev oracle litert stubs demo export test test-arm64 test-full-size check lint format wheel clean \
-	native native-sanitized native-arm64 fuzz soak docs
+	native native-sanitized native-arm64 fuzz fuzz-python soak docs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -163,6 +165,12 @@ soak: install-dev ## minutes of one camera with faults, and 16 cameras at once (
 
 docs: install-dev ## the documentation as a site that needs no network: build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+fuzz-python: install-dev ## manifests, recordings, states, signatures and checkpoints that nobody would write: build/fuzz-python
+	mkdir -p build/fuzz-python
+	@set -e; cd build/fuzz-python; for name in fuzz_bundle fuzz_safetensors; do \
+		PYTHONPATH=$(CURDIR)/tests/support $(abspath $(BIN))/python $(CURDIR)/tests/faults/$$name.py \
+			-max_total_time=$(FUZZ_PYTHON_SECONDS); done
 
 test-arm64: install ## bundles on 64-bit Arm, emulated with qemu: wants Debian, and a network the first time
 	$(BIN)/affect-export --target cpu-arm64 --output build/arm64/bundles/student --force

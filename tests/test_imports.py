@@ -18,6 +18,10 @@ NOT_AT_IMPORT = {
     "cv2",
     "matplotlib",
     "rich",
+    "aiohttp",
+    "cryptography",
+    "sounddevice",
+    "soxr",
 }
 """Libraries that `import affect_edge` must leave alone: the first five for good, the others until first use."""
 

@@ -42,12 +42,12 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def require(*modules: str) -> None:
-    """Checks that libraries of the export extra are installed, without importing them.
+def require(*modules: str, extra: str = "export") -> None:
+    """Checks that libraries of an extra are installed, without importing them.
 
     Raises:
         MissingDependencyError: the message names those that are not, and the pip line.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingDependencyError(f"this command needs {', '.join(missing)}: pip install 'affect-edge[export]'")
+        raise MissingDependencyError(f"this command needs {', '.join(missing)}: pip install 'affect-edge[{extra}]'")

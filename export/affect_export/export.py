@@ -117,7 +117,7 @@ def export_model(
     """Writes a bundle, or nothing.
 
     The graphs are built in a scratch folder beside `output`, opened by the device's own code, compared with the float
-    model, and moved into place with one rename.
+    model, and moved into place in one step (`affect_export.output_folder`).
 
     Args:
         checkpoint: the float model.
@@ -159,6 +159,7 @@ def export_model(
             "or sequences that parity is not measured on, or ask for --precision fp32"
         )
     with scratch_folder(output, dry_run) as scratch:
+        check_output_folder(output, force)  # a killed export's bundle may be back in its place
         folder = scratch / "bundle"
         folder.mkdir()
         drift = FULL_DRIFT_STEPS if full_parity else DRIFT_STEPS

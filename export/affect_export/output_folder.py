@@ -1,6 +1,13 @@
-"""Where a bundle lands: nobody's files are lost, nothing half-written stays."""
+"""Where a bundle lands: nobody's files are lost, nothing half-written stays.
+
+A bundle is built beside its place and moved there at once. On Linux one that is there already is exchanged with the
+new one in one step, so whenever the process is killed, one of the two is in place, whole. Where the kernel or the file
+system cannot do that, there is a moment between two renames; killed in it, the next export puts the earlier one back.
+"""
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import re
@@ -9,12 +16,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from affect_runtimes.errors import InputError
+from affect_runtimes.errors import AffectError, InputError
+from affect_runtimes.files import sync_folder
+from affect_runtimes.signing import SIGNATURES
 
 __all__ = ["check_output_folder", "publish", "scratch_folder"]
 
 _MARKER = "manifest.json"
 _UNFINISHED = ".unfinished"
+_OLD, _LOCK = "old", "lock"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output_folder(output: Path, force: bool) -> None:
@@ -41,8 +52,10 @@ def _is_bundle(folder: Path) -> bool:
     try:
         listing = json.loads((folder / _MARKER).read_text())
         known = {_MARKER, *listing["files"], *(g["file"] for g in listing["graphs"])}
-        return isinstance(listing["schema"], int) and {p.name for p in folder.iterdir()} <= known
-    except (OSError, ValueError, KeyError, TypeError):
+        known |= {SIGNATURES, f".{SIGNATURES}.part"}  # the second of an affect-sign that was killed
+        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+        return isinstance(listing["schema"], int) and there <= known
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -55,17 +68,33 @@ def scratch_folder(output: Path, dry_run: bool) -> Iterator[Path]:
 
     Raises:
         InputError: a folder above it cannot be made.
+        AffectError: the disk is full; so it is for what happens in the folder.
     """
     parent = output.absolute().parent
-    with contextlib.nullcontext() if dry_run else _folder_for(parent):
+    with _room_said(parent), contextlib.nullcontext() if dry_run else _folder_for(parent):
         if not dry_run:
             _sweep(parent, output.name)
         mark = f".{output.name}.{os.getpid()}."
         scratch = Path(tempfile.mkdtemp(prefix=mark, suffix=_UNFINISHED, dir=None if dry_run else parent))
         try:
-            yield scratch
+            with _held(scratch):
+                yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _room_said(parent: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        # The system's own words often name no file, let alone what to do.
+        raise AffectError(
+            f"{error.filename or parent}: no room for what an export builds ({error.strerror}); free some, or choose "
+            "an --output on another disk"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -81,6 +110,8 @@ def _folder_for(parent: Path) -> Iterator[None]:
             except OSError as error:
                 if folder.is_dir():  # somebody else was faster
                     continue
+                if error.errno in _NO_ROOM:
+                    raise  # no other place on this disk would help
                 raise InputError(
                     f"--output: the folder {folder} cannot be made ({error.strerror}); choose another place"
                 ) from None
@@ -94,12 +125,54 @@ def _folder_for(parent: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _held(scratch: Path) -> Iterator[None]:
+    """Marks a folder as at work; the kernel takes the mark away when the process dies, whoever has its number then."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    new = scratch / f"{_LOCK}.new"
+    file = os.open(new, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Only now, so that nobody finds it unlocked while this process lives.
+            new.rename(scratch / _LOCK)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise  # a file system without locks: the number of the process has to do
+        yield
+    finally:
+        os.close(file)
+
+
 def _sweep(parent: Path, name: str) -> None:
-    """Removes what exports of the same bundle left that were killed outright."""
+    """Removes what exports of the same bundle left that were killed outright; gives back a bundle they had moved."""
     for left in parent.iterdir():
         found = re.fullmatch(rf"\.{re.escape(name)}\.(\d+)\.[^.]+{re.escape(_UNFINISHED)}", left.name)
-        if found and not _runs(int(found[1])):
+        if found and not _at_work(left, int(found[1])):
+            old, output = left / _OLD, parent / name
+            if _is_bundle(old) and not output.exists() and not output.is_symlink():
+                old.rename(output)
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _at_work(scratch: Path, process: int) -> bool:
+    try:
+        file = os.open(scratch / _LOCK, os.O_RDWR)
+    except OSError:
+        return _runs(process)
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def _runs(process: int) -> bool:
@@ -123,15 +196,52 @@ def publish(folder: Path, output: Path, force: bool) -> None:
     # Once more: an export takes minutes, in which somebody may have put something there.
     check_output_folder(output, force)
     folder.chmod(0o755)
-    if output.is_dir() and any(output.iterdir()):
-        old = folder.parent / "old"
+    _sync(folder)
+    if not (output.is_dir() and any(output.iterdir())):
+        folder.replace(output)  # also of an empty folder, in one step
+    elif _exchange(folder, output):
+        if not _is_bundle(folder):  # what came after the check
+            _exchange(folder, output)
+            check_output_folder(output, force)
+    else:
+        old = folder.parent / _OLD
         output.rename(old)
         try:
             folder.rename(output)
         except BaseException:
             old.rename(output)
             raise
-    else:
-        if output.is_dir():
-            output.rmdir()
-        folder.rename(output)
+    sync_folder(output.absolute().parent)
+
+
+def _sync(folder: Path) -> None:
+    """Has the disk take everything before anything is moved, so that a power cut leaves no empty files in place."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+_CURRENT_FOLDER, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux."""
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Has two folders change places in one step; False where that cannot be done.
+
+    Raises:
+        OSError: it can, but not here.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux, or a C library without it
+        return False
+    paths = (ctypes.c_char_p(os.fsencode(path)) for path in (one, other))
+    if rename(_CURRENT_FOLDER, next(paths), _CURRENT_FOLDER, next(paths), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))

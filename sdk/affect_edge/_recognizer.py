@@ -39,8 +39,8 @@ class Recognizer:
         bundle: folder that affect-export wrote; None is the shipped student.
         threads: for each engine; a model this small is fastest on one.
         trust: a public key or several: PEM or 32 raw bytes of Ed25519, or the path of a file with either. Only a bundle
-            that one of them signed (`affect-sign`) is opened then. What the package itself carries is not signed: it is
-            as trustworthy as the package.
+            that one of them signed (`affect-sign`) is opened then. What the package itself carries is not signed, being
+            as trustworthy as the package, so this needs a bundle of yours.
 
     Raises:
         BundleError: no bundle there, or one that this release cannot run.

@@ -231,6 +231,42 @@ def test_verdicts_are_kept_by_key(tmp_path: Path) -> None:
     assert kept.verdict(KEY) == {"figures": [2]}
     assert kept.verdict(KEY | {"driver": "12.7"}) is None
     (path,) = kept.root.glob("*/verdict.json")
-    for content in ("", "[]", "{}", json.dumps({"key": {}, "verdict": {}})):
+    ours = {"key": KEY, "verdict": {"figures": [2]}}
+    strange: list[object] = [[], {}, {"key": {}, "verdict": {}}, ours | {"verdict": None}, ours | {"verdict": [1]}]
+    for content in ("", "[" * 100_000, "\0" * 9, *map(json.dumps, strange)):
         path.write_text(content)
         assert kept.verdict(KEY) is None
+    # And a new one takes its place.
+    kept.keep_verdict(KEY, {"figures": [3]})
+    assert kept.verdict(KEY) == {"figures": [3]}
+    assert [p.name for p in path.parent.iterdir()] == ["verdict.json"]
+
+
+def test_an_entry_that_is_nested_without_end_is_built_again(tmp_path: Path) -> None:
+    kept = EngineCache(tmp_path / "cache")
+    _, entry = kept.fetch(KEY, lambda: b"one", 3)
+    (entry / "entry.json").write_text("[" * 100_000)
+    assert kept.fetch(KEY, lambda: b"two", 3)[0] == b"two"
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock jumps when a device finds its network; and even a broken monotonic clock ends no wait early."""
+    now = iter(range(10**6, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    answers = iter([True] * 5)
+    real, tries = fcntl.flock, []
+
+    def busy(file: int, how: int) -> None:
+        tries.append(how)
+        if how & fcntl.LOCK_NB and next(answers, False):
+            raise BlockingIOError
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", busy)
+    said: list[str] = []
+    kept = EngineCache(tmp_path / "cache", said.append)
+    assert kept.fetch(KEY, lambda: b"engine", 6)[0] == b"engine"
+    assert len([how for how in tries if how & fcntl.LOCK_NB]) == 6 and not said
+    assert kept.fetch(KEY, never, 6)[0] == b"engine"

@@ -1,7 +1,11 @@
 """State is a value: exact to save, joined and split without a trace, refused where it does not belong."""
 
+import errno
 import hashlib
 import json
+import os
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,3 +149,99 @@ def test_a_state_saved_by_an_earlier_release_goes_on(model: BundleModel) -> None
     restored = State.from_bytes(content + hashlib.sha256(content).digest())
     assert restored.batch == 2
     assert_same(restored, state)
+
+
+# Files.
+
+
+def test_a_saved_state_is_loaded_bit_for_bit_by_its_owner_alone(model: BundleModel, tmp_path: Path) -> None:
+    _, state = run(model, random_features(model, 3, 7), model.initial_state())
+    path = tmp_path / "stream.state"
+    before = os.umask(0)
+    try:
+        for place in (path, str(path)):
+            state.save(place)
+            assert_same(State.load(place), state)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["stream.state"]
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(model: BundleModel, tmp_path: Path) -> None:
+    (tmp_path / ".s.part").write_bytes(b"x" * 10**6)
+    (tmp_path / ".s.part").chmod(0o666)
+    model.initial_state().save(tmp_path / "s")
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600
+    assert_same(State.load(tmp_path / "s"), model.initial_state())
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "fchmod", "ftruncate"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_save_that_fails_keeps_what_was_there(
+    call: str, number: int, model: BundleModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = model.initial_state(), run(model, random_features(model, 1, 1), model.initial_state())[1]
+    first.save(tmp_path / "s")
+
+    def fail(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fail)
+        with pytest.raises(StateError, match=rf"s: the state cannot be saved there \({os.strerror(number)}"):
+            second.save(tmp_path / "s")
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    assert_same(State.load(tmp_path / "s"), first)
+    second.save(tmp_path / "s")
+    assert_same(State.load(tmp_path / "s"), second)
+
+
+def test_several_threads_save_to_one_file(model: BundleModel, tmp_path: Path) -> None:
+    states = [run(model, random_features(model, 1, i), model.initial_state())[1] for i in range(4)]
+    failed: list[Exception] = []
+
+    def save(state: State) -> None:
+        try:
+            for _ in range(10):
+                state.save(tmp_path / "s")
+                State.load(tmp_path / "s")
+        except StateError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=save, args=(state,)) for state in states]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert State.load(tmp_path / "s").to_bytes() in [s.to_bytes() for s in states]
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_nobody_elses_file_is_written_to(model: BundleModel, tmp_path: Path) -> None:
+    """In a folder that others can write to, the name may be there already, as a link or another name of a file."""
+    target = tmp_path / "precious"
+    part = tmp_path / ".s.part"
+    for trap in (part.symlink_to, part.hardlink_to):
+        target.write_text("keep")
+        trap(target)
+        with pytest.raises(StateError, match="cannot be saved"):
+            model.initial_state().save(tmp_path / "s")
+        assert target.read_text() == "keep" and not (tmp_path / "s").exists()
+        part.unlink()
+
+
+def test_files_that_hold_no_state_are_named(model: BundleModel, tmp_path: Path) -> None:
+    data = model.initial_state().to_bytes()
+    (tmp_path / "cut").write_bytes(data[:-7])
+    (tmp_path / "folder").mkdir()
+    for name, words in (("cut", "damaged"), ("nowhere", "No such file"), ("folder", "no plain file")):
+        with pytest.raises(StateError, match=rf"{name}: .*{words}"):
+            State.load(tmp_path / name)
+    with pytest.raises(StateError, match="No such file"):
+        model.initial_state().save(tmp_path / "none" / "s")
+    with pytest.raises(StateError, match=r"folder.*cannot be saved"):
+        model.initial_state().save(tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "folder"]

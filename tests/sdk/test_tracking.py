@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from affect_edge import AffectFaceDetector, Face, InputError, TrackerSettings
+from affect_edge._flow import follow
 from affect_edge._tracking import FaceTracker
 from affect_runtimes.faces import box_iou
 
@@ -86,6 +87,23 @@ def test_a_face_in_a_large_frame_moves_by_its_own_pixels() -> None:
     assert np.abs(tracked.landmarks - face(300 - 45, 200, 240).landmarks).max() < 2.4
 
 
+def test_another_faces_texture_does_not_carry_a_face_away() -> None:
+    still, moving = texture(0), texture(7)
+    frames = []
+    for i in range(2):
+        frame = still[..., 0].copy()
+        # In front of the right two thirds of the face at 40 to 100, and going right by 3 pixels.
+        frame[20:100, 60 + 3 * i : 140 + 3 * i] = moving[20:100, 60:140, 0]
+        frames.append(frame)
+    rear, front = face(40, 30, 60), (60.0, 20.0, 80.0, 80.0)
+    jumped = follow(frames[0], frames[1], rear.box, rear.landmarks)
+    assert jumped is not None and jumped[0][0] - 40 > 2
+    kept = follow(frames[0], frames[1], rear.box, rear.landmarks, [front])
+    assert kept is None or abs(kept[0][0] - 40) < 1
+    uncovered = follow(frames[0], frames[0], rear.box, rear.landmarks, [(80.0, 20.0, 80.0, 80.0)])
+    assert uncovered is not None and abs(uncovered[0][0] - 40) < 0.1  # what is left free is enough to follow
+
+
 def test_detection_runs_as_often_as_said() -> None:
     still = [texture()] * 21
     for every, calls in ((1, 21), (5, 5), (10, 3)):
@@ -105,6 +123,13 @@ def test_a_cut_drops_the_face_and_looks_again_in_the_same_frame() -> None:
     tracker = FaceTracker(script, TrackerSettings(detect_every=100))
     assert play(tracker, [texture(0), texture(0), texture(1)]) == [[0], [0], []]
     assert script.calls == 2
+
+
+def test_a_face_that_detection_finds_again_has_its_old_number() -> None:
+    tracker = FaceTracker(Script([face(60, 40)], [], [face(60, 40)]), TrackerSettings(detect_every=4))
+    assert play(tracker, [texture()] * 8) == [[0]] * 4 + [[]] * 3 + [[0]]
+    forgetful = FaceTracker(Script([face(60, 40)], [], [face(60, 40)]), TrackerSettings(detect_every=4, max_lost_s=0))
+    assert play(forgetful, [texture()] * 8) == [[0]] * 4 + [[]] * 3 + [[1]]
 
 
 def test_a_face_that_detection_does_not_confirm_is_dropped() -> None:
@@ -158,7 +183,15 @@ def test_a_returned_list_is_the_callers_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"detect_every": 0}, {"retry_every": 0}, {"max_faces": 0}, {"min_face_px": 0}, {"min_iou": 0.0}]
+    "settings",
+    [
+        {"detect_every": 0},
+        {"retry_every": 0},
+        {"max_faces": 0},
+        {"min_face_px": 0},
+        {"min_iou": 0.0},
+        {"max_lost_s": -1.0},
+    ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="found"):
