@@ -136,7 +136,7 @@ def test_where_folders_cannot_change_places_a_killed_export_gives_the_bundle_bac
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 1])
+@pytest.mark.parametrize("pid", [os.getpid(), 1], ids=["ours", "first"])
 def test_what_a_killed_export_left_goes_though_its_number_lives_on(pid: int, tmp_path: Path) -> None:
     """In a container every process is the first: the lock says who is at work, and not the number."""
     left = tmp_path / f".out.{pid}.x.unfinished"
