@@ -264,7 +264,9 @@ def test_a_ninth_page_is_turned_away() -> None:
             await client.ws_connect(f"{url}/live", headers={"Origin": url})
         assert refused.value.status == 503
         await streams[0].close()
-        await client.ws_connect(f"{url}/live", headers={"Origin": url})
+        streams.append(await client.ws_connect(f"{url}/live", headers={"Origin": url}))
+        for stream in streams:
+            await stream.close()
 
     visit(look)
 
@@ -281,6 +283,7 @@ def test_pages_are_told_when_the_program_ends() -> None:
                 await asyncio.sleep(0)  # lets the reader wait; nothing is waited for
             message = await ended
             assert (message.type, message.data, message.extra) == (aiohttp.WSMsgType.CLOSE, 1001, "ended")
+            await stream.close()
             hub.show({}, b"")  # nobody is there: goes nowhere, and raises nothing
             hub.tell({"now": 1})
 
