@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from affect_demos._arguments import count
 from affect_demos._output import OutputRefused, check_output, whole_folder
 
 if TYPE_CHECKING:
@@ -141,9 +142,9 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIR", default=Path("out", "dashcam"), help="default: %(default)s"
     )
     parser.add_argument(
-        "--max-frames", type=_count, metavar="N", help="stop after N frames; a camera also stops on Ctrl-C"
+        "--max-frames", type=count, metavar="N", help="stop after N frames; a camera also stops on Ctrl-C"
     )
-    parser.add_argument("--threads", type=_count, metavar="N", default=1, help="for each engine (default: %(default)s)")
+    parser.add_argument("--threads", type=count, metavar="N", default=1, help="for each engine (default: %(default)s)")
     live = parser.add_argument_group("live", "A local web page instead of files; Ctrl-C ends it.")
     live.add_argument("--live", action="store_true", help="serve the page; a file plays in real time")
     live.add_argument("--host", metavar="ADDRESS", help="default: 127.0.0.1, this machine alone; others need the token")
@@ -170,13 +171,6 @@ def _port(text: str) -> int:
     value = int(text)
     if not 0 <= value < 65536:
         raise argparse.ArgumentTypeError(f"{value} is not a port, 0 to 65535")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number from 1 up")
     return value
 
 

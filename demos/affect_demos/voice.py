@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from affect_demos._arguments import count
+
 if TYPE_CHECKING:
     from affect_edge import Recognizer
 
@@ -87,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--list-microphones", action="store_true", help="say which there are, and stop; * is the default"
     )
     parser.add_argument("--seconds", type=_seconds, metavar="S", help="stop after so long; a microphone also on Ctrl-C")
-    parser.add_argument("--threads", type=_count, metavar="N", default=1, help="for each engine (default: %(default)s)")
+    parser.add_argument("--threads", type=count, metavar="N", default=1, help="for each engine (default: %(default)s)")
     return parser
 
 
@@ -95,13 +97,6 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number from 1 up")
     return value
 
 

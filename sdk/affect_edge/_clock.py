@@ -11,11 +11,14 @@ stepped on a grid of its own interval instead: so, too, for every tick up to a f
 the next tick.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+from affect_runtimes.errors import InputError
 from affect_runtimes.manifest import Manifest
 
-__all__ = ["StepClock"]
+__all__ = ["StepClock", "check_time"]
 
 _LEAST, _MOST = 0.25, 1.75
 """Intervals since the last tick between which a frame is simply the next one. Wider than rounding's 0.5 to 1.5, so that
@@ -63,3 +66,28 @@ class StepClock:
         """The tick that `count` steps lead to, from that of the last frame and the time of this one."""
         # After the bound on steps the grid would lie behind for ever.
         return last_s + count * self.interval_s if self.grid and count < _MOST_STEPS else now
+
+
+def check_time(timestamp_s: Any, last_s: float | None, what: str) -> float:
+    """A time that a stream can go on to.
+
+    Args:
+        timestamp_s: given by the caller.
+        last_s: the one before; None for the first.
+        what: comes with it, for the message: "frame", "sound".
+
+    Raises:
+        InputError: no finite number, or one that is not later.
+    """
+    try:
+        now = float(timestamp_s)
+    except (TypeError, ValueError):
+        raise InputError(f"timestamp_s is a number of seconds; found {timestamp_s!r}") from None
+    if not math.isfinite(now):
+        raise InputError(f"timestamp_s is {now}; expected a finite number of seconds")
+    if last_s is not None and now <= last_s:
+        raise InputError(
+            f"timestamp_s is {now:.6f}, not later than the last {what}'s {last_s:.6f}; "
+            f"leave out repeated {what}s, or call reset() when the clock starts anew"
+        )
+    return now

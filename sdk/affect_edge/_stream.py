@@ -1,6 +1,5 @@
 """One camera: frames in, one Affect a face out."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affect_edge._affect import Affect, make_affect
-from affect_edge._clock import StepClock
+from affect_edge._clock import StepClock, check_time
 from affect_edge._faces import AffectFaceDetector, FaceDetector, Landmarker, shipped_landmarker
 from affect_edge._gap import GapPolicy, faded
 from affect_edge._hearing import Hearing
@@ -145,7 +144,7 @@ class Stream:
                 sound that the model does not take. The stream stays as it was.
         """
         picture = None if frame is None else check_frame(frame)
-        now = self._check_time(timestamp_s)
+        now = check_time(timestamp_s, self._last_s, "frame")
         heard = self._heard(audio)
         started = time.perf_counter()
         self._last_s = now
@@ -357,17 +356,3 @@ class Stream:
         if self._image.align == "box":
             return min(face.box[2:]) >= 1.0
         return float(np.hypot(*(face.landmarks[1] - face.landmarks[0]))) >= _LEAST_EYES_PX
-
-    def _check_time(self, timestamp_s: Any) -> float:
-        try:
-            now = float(timestamp_s)
-        except (TypeError, ValueError):
-            raise InputError(f"timestamp_s is a number of seconds; found {timestamp_s!r}") from None
-        if not math.isfinite(now):
-            raise InputError(f"timestamp_s is {now}; expected a finite number of seconds")
-        if self._last_s is not None and now <= self._last_s:
-            raise InputError(
-                f"timestamp_s is {now:.6f}, not later than the last frame's {self._last_s:.6f}; "
-                "drop repeated frames, or call reset() when the clock starts anew"
-            )
-        return now

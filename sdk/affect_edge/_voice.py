@@ -1,14 +1,14 @@
 """One microphone, for models that only hear: sound in, one Affect a hop out."""
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from affect_edge._affect import Affect, make_affect
+from affect_edge._clock import check_time
 from affect_edge._gap import GapPolicy, faded
 from affect_edge._hearing import Hearing
 from affect_edge._smoothing import Smoothed, Smoother
@@ -112,7 +112,7 @@ class VoiceStream:
             InputError: sound that the model does not take, or a time that is not finite or not later than the last.
                 The stream stays as it was.
         """
-        now = self._check_time(timestamp_s)
+        now = check_time(timestamp_s, self._last_s, "sound")
         if audio is None:
             self._last_s, self.timings = now, {}
             return self._without(now)
@@ -195,17 +195,3 @@ class VoiceStream:
         if before is None or not clock.variable_dt:
             return 1.0
         return (now - before.heard_s) / clock.frame_interval_s
-
-    def _check_time(self, timestamp_s: Any) -> float:
-        try:
-            now = float(timestamp_s)
-        except (TypeError, ValueError):
-            raise InputError(f"timestamp_s is a number of seconds; found {timestamp_s!r}") from None
-        if not math.isfinite(now):
-            raise InputError(f"timestamp_s is {now}; expected a finite number of seconds")
-        if self._last_s is not None and now <= self._last_s:
-            raise InputError(
-                f"timestamp_s is {now:.6f}, not later than the last sound's {self._last_s:.6f}; "
-                "call reset() when the clock starts anew"
-            )
-        return now
