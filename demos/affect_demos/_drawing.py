@@ -199,10 +199,10 @@ class Annotator:
         pen.text((left, y), "eye closure", _GREEN, self._font(13, bold=True), anchor="lm")
         pen.text((right, y), "-" if closure is None else f"{closure:.2f}", green, self._font(13), anchor="rm")
         self._bar(pen, (left, y + 13, right, y + 27), closure, green)
-        pen.text((left, y + 37), "open", _DIM, self._font(10), anchor="lm")
-        pen.text((right, y + 37), "shut", _DIM, self._font(10), anchor="rm")
-        pen.text((left, y + 60), "PERCLOS", _BRIGHT, self._font(13, bold=True), anchor="lm")
-        pen.text((left + 74, y + 60), "last minute", _DIM, self._font(11), anchor="lm")
+        pen.text((left, y + 35), "open", _DIM, self._font(10), anchor="lm")
+        pen.text((right, y + 35), "shut", _DIM, self._font(10), anchor="rm")
+        pen.text((left, y + 54), "PERCLOS", _BRIGHT, self._font(13, bold=True), anchor="lm")
+        pen.text((left + 74, y + 54), "last minute", _DIM, self._font(11), anchor="lm")
         # Right of it the share, or how much of the eyes has been seen of what is needed to say one.
         said = (
             f"{perclos:.0%}"
@@ -211,7 +211,7 @@ class Annotator:
             if main is None
             else f"{observed_s:.0f} s of {LEAST_EYES_S:.0f} s seen"
         )
-        pen.text((right, y + 60), said, _BRIGHT, self._font(13, bold=perclos is not None), anchor="rm")
+        pen.text((right, y + 54), said, _BRIGHT, self._font(13, bold=perclos is not None), anchor="rm")
         self._latency(pen, seconds, left, right, y + 80)
         return trace
 
