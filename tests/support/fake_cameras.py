@@ -48,6 +48,7 @@ class FakeClock(Clock):
         self.changed.seen.notify_all()
         assert self.changed.wait(_PATIENCE_S), "nothing happened"
         del self._sleepers[me]
+        self.changed.seen.notify_all()
 
     def advance(self, seconds: float) -> None:
         """Time goes on, and whoever waits looks again."""
@@ -56,11 +57,13 @@ class FakeClock(Clock):
             self.changed.notify_all()
 
     def step(self) -> None:
-        """Time goes on to the next moment that a thread waits for."""
+        """Time goes on to the next moment that a thread waits for, and that thread does what it waited to do."""
         with self.changed:
             self.until(lambda: bool(self._due()))
             self._now = min(self._due())
             self.changed.notify_all()
+            # Who wakes is struck off the list, and has the lock until it waits again.
+            self.until(lambda: all(until is None or until > self._now for until in self._sleepers.values()))
 
     def until(self, true: Callable[[], bool]) -> None:
         """Waits until something that another thread does has happened."""
