@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from affect_edge._checks import check_positive
 from affect_runtimes.errors import InputError
 from affect_runtimes.state import State
 
@@ -40,9 +41,7 @@ class GapPolicy:
         if self.over not in get_args(Over):
             raise InputError(f"a gap policy is one of {', '.join(get_args(Over))}; found {self.over!r}")
         for name in ("limit_s", "decay_s"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise InputError(f"{name} is {value!r}, expected a finite number of seconds above 0")
+            check_positive(name, getattr(self, name))
 
     def repeats(self, elapsed_s: float) -> bool:
         """Whether a judgement of so many seconds ago is still given, marked as held."""

@@ -6,21 +6,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from affect_edge._sample_clock import SampleClock
-from affect_edge._source_types import SourceEvent
+from affect_edge._source_types import Closing, SourceEvent
 from affect_runtimes.audio import Audio
 from affect_runtimes.errors import InputError
 
 __all__ = ["LiveSound", "RawBlock", "check_hop", "check_rate"]
 
 Float = NDArray[np.float32]
-_Self = TypeVar("_Self", bound="LiveSound")
 
 _ROUNDING = 1e-6  # of a sample: times are sums of floats
 _FORWARD_S = 1e-6
@@ -47,7 +45,7 @@ class RawBlock:
     line: int = 0
 
 
-class LiveSound:
+class LiveSound(Closing):
     """A `SoundSource` that is filled from any thread and taken by one.
 
     Args:
@@ -177,14 +175,6 @@ class LiveSound:
         with self._guard:
             self._closed = self._changed = True
             self._guard.notify_all()
-
-    def __enter__(self: _Self) -> _Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # For the thread that fills.
 

@@ -1,7 +1,6 @@
 """Microphones, through PortAudio: watched, and opened again when they go."""
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from affect_edge._checks import check_positive
 from affect_edge._live_sound import LiveSound, RawBlock
 from affect_edge._resample import Resampler
 from affect_runtimes.errors import InputError, MissingDependencyError, SourceError
@@ -47,13 +47,7 @@ class MicrophoneSettings:
 
     def __post_init__(self) -> None:
         for name in ("keep_s", "stall_s", "first_backoff_s", "most_backoff_s"):
-            value = getattr(self, name)
-            if (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or not (math.isfinite(value) and value > 0)
-            ):
-                raise InputError(f"{name} is {value!r}, expected a finite number of seconds above 0")
+            check_positive(name, getattr(self, name))
         if self.most_backoff_s < self.first_backoff_s:
             raise InputError(f"most_backoff_s is {self.most_backoff_s}, below first_backoff_s, {self.first_backoff_s}")
 

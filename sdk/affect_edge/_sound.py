@@ -3,14 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from affect_edge._live_sound import LiveSound, RawBlock, check_rate
-from affect_edge._source_types import SourceEvent
+from affect_edge._source_types import Closing, SourceEvent, Watched
 from affect_runtimes.audio import Audio
 from affect_runtimes.errors import InputError, MissingDependencyError, SourceError
 
@@ -19,10 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MissingSound", "PushSound", "SoundSource", "open_sound"]
 
-_Self = TypeVar("_Self")
 
-
-class SoundSource(Protocol):
+class SoundSource(Watched, Protocol):
     """Where sound comes from; made by `open_sound`, or a `PushSound`. Taken by one thread."""
 
     @property
@@ -65,12 +62,6 @@ class SoundSource(Protocol):
 
     def close(self) -> None:
         """Gives the file or microphone back."""
-
-    def __enter__(self: _Self) -> _Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def open_sound(
@@ -167,7 +158,7 @@ class PushSound(LiveSound):
         self._fail(reason)
 
 
-class MissingSound:
+class MissingSound(Closing):
     """The sound of a machine that cannot hear: always None, and one event that says why."""
 
     live = True
@@ -197,13 +188,6 @@ class MissingSound:
         return events
 
     def close(self) -> None: ...
-
-    def __enter__(self: _Self) -> _Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def _as_file(source: str | Path | int | None) -> Path | None:

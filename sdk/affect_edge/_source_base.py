@@ -5,12 +5,11 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from affect_edge._source_types import Frame, SourceEvent, SourceStats
+from affect_edge._source_types import Closing, Frame, SourceEvent, SourceStats
 
 __all__ = ["Record", "Source", "picture_fault", "to_rgb"]
 
@@ -18,8 +17,6 @@ _log = logging.getLogger("affect_edge")
 # Enough for an iterator that looks in once an hour, small enough for one that never does.
 _MOST_EVENTS = 1000
 _LOUD = frozenset({"stalled", "failed", "backward"})
-
-_Self = TypeVar("_Self", bound="Source")
 
 
 class Record:
@@ -64,7 +61,7 @@ class Record:
             return taken
 
 
-class Source:
+class Source(Closing):
     """A `FrameSource` but for its frames, which a subclass gives.
 
     Attributes:
@@ -105,14 +102,6 @@ class Source:
     def close(self) -> None:
         """Gives the file or camera back; from any thread, a waiting iterator ends."""
         raise NotImplementedError
-
-    def __enter__(self: _Self) -> _Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"

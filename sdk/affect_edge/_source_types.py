@@ -1,6 +1,5 @@
 """What every source of frames has, and what it says of itself."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -9,12 +8,15 @@ from typing import Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from affect_edge._checks import check_positive
 from affect_runtimes.errors import InputError
 
-__all__ = ["CameraSettings", "Frame", "FrameSource", "SourceEvent", "SourceStats", "check_tick"]
+__all__ = ["CameraSettings", "Closing", "Frame", "FrameSource", "SourceEvent", "SourceStats", "Watched", "check_tick"]
 
 Frame: TypeAlias = NDArray[np.uint8]
 _Self = TypeVar("_Self")
+
+_ABOVE_0 = "a number above 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +95,46 @@ class CameraSettings:
         for name in ("fps", "give_up_s"):
             value = getattr(self, name)
             if value is not None:
-                _check_positive(name, value)
+                check_positive(name, value, _ABOVE_0)
         for name in ("open_timeout_s", "stall_s", "first_backoff_s", "most_backoff_s"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name), _ABOVE_0)
         if self.most_backoff_s < self.first_backoff_s:
             raise InputError(f"most_backoff_s is {self.most_backoff_s}, below first_backoff_s, {self.first_backoff_s}")
 
 
-class FrameSource(Protocol):
+class Watched(Protocol):
+    """What sources of frames and of sound have in common."""
+
+    def take_events(self) -> list[SourceEvent]:
+        """What happened since the last call, oldest first."""
+
+    def close(self) -> None:
+        """Gives the device or file back."""
+
+    def __enter__(self: _Self) -> _Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Closing:
+    """Closes itself at the end of a `with` block."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+        raise NotImplementedError
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class FrameSource(Watched, Protocol):
     """Where frames come from: (H, W, 3) uint8 RGB with their times in seconds. Made by `open_source`."""
 
     @property
@@ -141,17 +175,8 @@ class FrameSource(Protocol):
     def __iter__(self) -> Iterator[tuple[Frame, float]]:
         """`frames` without ticks."""
 
-    def take_events(self) -> list[SourceEvent]:
-        """What happened since the last call, oldest first."""
-
     def close(self) -> None:
         """Gives the file or camera back; from any thread, a waiting iterator ends."""
-
-    def __enter__(self: _Self) -> _Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def check_tick(tick_s: float | None) -> None:
@@ -161,9 +186,4 @@ def check_tick(tick_s: float | None) -> None:
         InputError: not a finite number above 0, or None.
     """
     if tick_s is not None:
-        _check_positive("tick_s", tick_s)
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} is {value!r}, expected a number above 0")
+        check_positive("tick_s", tick_s, _ABOVE_0)

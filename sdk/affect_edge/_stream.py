@@ -120,6 +120,7 @@ class Stream:
         self._clock = StepClock.of(manifest)
         self._gap = gap or GapPolicy()
         self._smoother = Smoother(manifest.outputs)
+        self._initial = model.initial_state()
         self._tracks: dict[int, _Track] = {}
         self._last_s: float | None = None
         self.timings: dict[str, float] = {}
@@ -156,8 +157,11 @@ class Stream:
         faces = sorted(filter(self._readable, followed), key=lambda face: face.track_id)
         tracks = {face.track_id: self._resume(face.track_id, now) for face in faces}
         steps = {i: (1, 1.0) if t is None else self._clock.steps(now - t.tick_s) for i, t in tracks.items()}
-        read = {face.track_id: self._repeated(face, tracks[face.track_id], now) for face in faces}
-        faces = [face for face in faces if steps[face.track_id][0] > 0]
+        read: dict[int, _Track] = {}
+        for face in faces:
+            if (track := tracks[face.track_id]) is not None and steps[face.track_id][0] == 0:
+                read[face.track_id] = self._repeated(face, track, now)
+        faces = [face for face in faces if face.track_id not in read]
         crops = [self._crop(picture, face) for face in faces]
         seen = self._landmarks(picture, faces)
         detected = time.perf_counter()
@@ -176,7 +180,7 @@ class Stream:
                 own = {name: values[i : i + 1].copy() for name, values in features.items()}
                 read[face.track_id] = self._judged(face, track, own, outputs[i], states[i], counts[i], missing, now)
             self.timings |= {"encode": encoded - detected, "step": time.perf_counter() - encoded}
-        return self._finish({i: track for i, track in read.items() if track is not None}, places, now)
+        return self._finish(read, places, now)
 
     def watch(
         self, source: "FrameSource", sound: "SoundSource | None" = None, tick_s: float | None = 0.1
@@ -223,7 +227,7 @@ class Stream:
         """The present state of every face by track_id: values, to be looked at or stored."""
         return {track_id: track.state for track_id, track in self._tracks.items()}
 
-    def _heard(self, audio: Audio | None) -> "Hearing | None":
+    def _heard(self, audio: Audio | None) -> Hearing | None:
         if self._hearing is None:
             if audio is not None:
                 raise InputError(f"{self._model.bundle.model_name} takes no sound; found some")
@@ -238,7 +242,7 @@ class Stream:
             return None
         elapsed_s = now - track.seen_s
         left = self._gap.left(elapsed_s) if track.missed or elapsed_s > self._gap.limit_s else 1.0
-        return replace(track, state=faded(track.state, self._model.initial_state(), left)) if left > 0 else None
+        return replace(track, state=faded(track.state, self._initial, left)) if left > 0 else None
 
     def _advance(
         self,
@@ -249,8 +253,7 @@ class Stream:
         rings: dict[str, NDArray[Any]] | None,
     ) -> tuple[list[dict[str, NDArray[Any]]], list[State]]:
         """The recurrent half, all faces in one batch; those whose frame stands for more steps go on alone."""
-        initial = self._model.initial_state()
-        states = [initial if track is None else track.state for track in tracks]
+        states = [self._initial if track is None else track.state for track in tracks]
         said: list[dict[str, NDArray[Any]]] = [{} for _ in tracks]
         for turn in range(1, max(counts) + 1):
             due = [i for i, count in enumerate(counts) if count >= turn]
@@ -297,10 +300,8 @@ class Stream:
         tick_s = now if before is None else self._clock.next_tick_s(before.tick_s, now, count)
         return _Track(state, features, now, smoothed, affect, tick_s)
 
-    def _repeated(self, face: TrackedFace, track: _Track | None, now: float) -> _Track | None:
+    def _repeated(self, face: TrackedFace, track: _Track, now: float) -> _Track:
         """For a frame that a fixed-rate model has no use for: the face's last judgement at its present place."""
-        if track is None:
-            return None
         moved = replace(track.affect, timestamp_s=now, box=face.box, landmarks=face.landmarks, resampled=True)
         # seen_s stays: it is when the smoothing filter and the gap were last brought up to date.
         return replace(track, affect=moved, missed=False)

@@ -7,22 +7,20 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from affect_edge._live_sound import check_hop
 from affect_edge._resample import Resampler
-from affect_edge._source_types import SourceEvent
+from affect_edge._source_types import Closing, SourceEvent
 from affect_runtimes.audio import Audio
 from affect_runtimes.errors import SourceError
 
 __all__ = ["WavSound"]
 
 Float = NDArray[np.float32]
-_Self = TypeVar("_Self", bound="WavSound")
 
 _log = logging.getLogger("affect_edge")
 
@@ -49,7 +47,7 @@ class _Format:
     frames: int
 
 
-class WavSound:
+class WavSound(Closing):
     """A WAV file as a `SoundSource`: PCM of 8, 16, 24 or 32 bits, float of 32 or 64, any channels, any rate.
 
     Channels are averaged; another rate than `rate_hz` is resampled, band-limited. Floating-point peaks above 1 are
@@ -128,14 +126,6 @@ class WavSound:
     def close(self) -> None:
         """Gives the file back."""
         self._file.close()
-
-    def __enter__(self: _Self) -> _Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _read(self, count: int) -> Float:
         while self._ready < count and (block := next(self._source, None)) is not None:
