@@ -22,15 +22,15 @@ from affect_export.assembly import open_here
 from affect_export.export import export_model
 from affect_export.models.checkpoint import Checkpoint
 from affect_export.targets import TARGETS, WrittenGraph
-from affect_runtimes import base, tensorrt, verify
+from affect_runtimes import base, cuda, tensorrt, verify
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.cache import ENVIRONMENT
+from affect_runtimes.cuda import DeviceArray
 from affect_runtimes.errors import BundleError, DeviceError, IntegrityError, MissingDependencyError, ParityError
 from affect_runtimes.manifest import EnginePlan, to_text
 from affect_runtimes.model import BundleModel
 from affect_runtimes.state import State
-from affect_runtimes.tensorrt import cuda, engine
-from affect_runtimes.tensorrt.cuda import DeviceArray
+from affect_runtimes.tensorrt import engine
 from affect_runtimes.tensorrt.library import RTX, Library, build_engine
 from affect_runtimes.verify import replay, replay_elsewhere
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from affect_runtimes.base import machine
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.cache import EngineCache
+from affect_runtimes.cuda import Device, cuda_words, open_device
 from affect_runtimes.errors import BundleError, DeviceError
 from affect_runtimes.manifest import Graph
-from affect_runtimes.tensorrt.cuda import Device, cuda_words, open_device
 from affect_runtimes.tensorrt.engine import TensorRTEngine
 from affect_runtimes.tensorrt.library import RTX, Library, build_engine, find_library, wants_cuda
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affect_runtimes.base import GraphEngine
+from affect_runtimes.cuda import Device, DeviceArray
 from affect_runtimes.errors import BundleError, DeviceError
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
-from affect_runtimes.tensorrt.cuda import Device, DeviceArray
 from affect_runtimes.tensorrt.library import RTX, Library, logger
 
 __all__ = ["TensorRTEngine"]
