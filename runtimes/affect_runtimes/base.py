@@ -28,6 +28,7 @@ ENGINES = {
     "ai-edge-litert": "affect_runtimes.litert",
     "native": "affect_runtimes.native",
     "tensorrt": "affect_runtimes.tensorrt",
+    "fused": "affect_runtimes.fused",
 }
 """Engine name in a manifest -> the module whose `create(bundle, graph, threads)` opens it."""
 _SERVERS = {"triton": "its folder models is a repository for Triton: tritonserver --model-repository {path}/models"}
@@ -136,13 +137,17 @@ def machine() -> str:
 
 
 def engine_of(bundle: Bundle, graph: str, plain: bool = False) -> str:
-    """The engine that runs a graph here: the native library where the bundle has a program for it and it is installed.
+    """The engine that runs a graph here: our own where the bundle has a program for it, else the manifest's.
+
+    That is "fused" for a step program of the GPU, and "native" for one of the native library, where that is installed.
 
     Args:
         bundle: a verified bundle.
         graph: the graph's role.
         plain: the manifest's engine, where both could.
     """
+    if not plain and bundle.manifest.graph(graph).fused is not None:
+        return "fused"
     if not plain and bundle.manifest.graph(graph).native is not None:
         from affect_runtimes import native
 
@@ -161,7 +166,7 @@ def open_engine(
         graph: the graph's role.
         threads: how many the engine may use; a step this small is fastest on one.
         any_machine: open it although it is for another architecture, as an export does to compare it.
-        plain: on the manifest's engine, and not on the native library, where both could.
+        plain: on the manifest's engine, and on no other that could.
 
     Raises:
         BundleError: a bundle for another architecture, an engine that this release does not know, or a graph that it
@@ -182,8 +187,10 @@ def open_engine(
     if name not in ENGINES:
         raise BundleError(f"{bundle.path}: needs the engine {name!r}; this release runs {', '.join(sorted(ENGINES))}")
     described = bundle.manifest.graph(graph)
-    if (name := engine_of(bundle, graph, plain)) == "native" and described.native is not None:
-        described = replace(described, file=described.native, data=None)
+    name = engine_of(bundle, graph, plain)
+    for other, file in (("native", described.native), ("fused", described.fused)):
+        if name == other and file is not None:
+            described = replace(described, file=file, data=None)
     engine: Engine = importlib.import_module(ENGINES[name]).create(bundle, described, threads)
     return engine
 

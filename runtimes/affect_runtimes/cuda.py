@@ -1,10 +1,11 @@
-"""The CUDA driver, through NVIDIA's own bindings (cuda-bindings): a device, its memory, one stream, graphs.
+"""The CUDA driver, through NVIDIA's own bindings (cuda-bindings): a device, its memory, one stream, graphs, kernels.
 
 The driver API and not the runtime's: it needs no toolkit, and a device always has it.
 """
 
 import contextlib
 import ctypes
+import functools
 import threading
 import weakref
 from collections import defaultdict
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 
 from affect_runtimes.errors import DeviceError, MissingDependencyError
 
-__all__ = ["Buffer", "Device", "DeviceArray", "open_device"]
+__all__ = ["Buffer", "Device", "DeviceArray", "Function", "Module", "open_device"]
 
 Array = NDArray[Any]
 _LEAST_DRIVER = 12000
+_STAGED_BYTES = 4 << 20
 _RELEASES = (Path("/sys/module/nvidia/version"), Path("/etc/nv_tegra_release"))
 _MISSING = "install the NVIDIA driver (on a Jetson it comes with JetPack); nothing here falls back to the CPU"
 
@@ -43,6 +45,7 @@ class Device:
         self.lock = threading.RLock()
         self._builds = 0
         self._pool: defaultdict[int, list[int]] = defaultdict(list)
+        self._left: list[Any] = []  # handles of modules that nobody holds any more
         found = self._do("cuDriverGetVersion")
         self.driver = int(found)
         if self.driver < _LEAST_DRIVER:
@@ -54,22 +57,45 @@ class Device:
         count = int(self._do("cuDeviceGetCount"))
         if count <= index:
             raise DeviceError(f"the driver knows {count} GPUs, and number {index} was asked for")
-        handle = self._do("cuDeviceGet", index)
-        self.name = bytes(self._do("cuDeviceGetName", 256, handle)).split(b"\0")[0].decode(errors="replace")
-        attribute = driver.CUdevice_attribute
-        major, minor = (
-            int(self._do("cuDeviceGetAttribute", which, handle))
-            for which in (
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
-        )
+        self._device = self._do("cuDeviceGet", index)
+        self.name = bytes(self._do("cuDeviceGetName", 256, self._device)).split(b"\0")[0].decode(errors="replace")
+        major, minor = (self._attribute(f"COMPUTE_CAPABILITY_{part}") for part in ("MAJOR", "MINOR"))
         self.capability = f"{major}.{minor}"
         # Never given back: engines of this process may outlive any object here.
-        self._context = self._do("cuDevicePrimaryCtxRetain", handle)
+        self._context = self._do("cuDevicePrimaryCtxRetain", self._device)
         self.use()
         self._stream = self._do("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self.stream = int(self._stream)
+
+    @functools.cached_property
+    def multiprocessors(self) -> int:
+        """How many the GPU has."""
+        return self._attribute("MULTIPROCESSOR_COUNT")
+
+    @functools.cached_property
+    def shared_per_block(self) -> int:
+        """Bytes of shared memory that a block can have, once `set_shared` has asked for them."""
+        return self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+
+    @functools.cached_property
+    def clock_khz(self) -> int:
+        """Highest clock of the multiprocessors, in kHz; 0 where the driver does not say."""
+        return self._attribute("CLOCK_RATE")
+
+    @functools.cached_property
+    def memory_clock_khz(self) -> int:
+        """Highest clock of the memory, in kHz; 0 where the driver does not say, as on some Jetsons."""
+        return self._attribute("MEMORY_CLOCK_RATE")
+
+    @functools.cached_property
+    def memory_bus_bits(self) -> int:
+        """Width of the bus to the memory, in bits; 0 where the driver does not say."""
+        return self._attribute("GLOBAL_MEMORY_BUS_WIDTH")
+
+    @functools.cached_property
+    def cooperative(self) -> bool:
+        """Whether all blocks of a launch can be resident at once and wait for each other."""
+        return bool(self._attribute("COOPERATIVE_LAUNCH"))
 
     def use(self) -> None:
         """Makes the context current in this thread, where another library may have set its own since."""
@@ -109,8 +135,16 @@ class Device:
         # All work is on one stream, so whoever gets it next comes after whatever still reads it.
         return Buffer(address, free)
 
+    def _unload(self) -> None:
+        """Unloads the modules that nobody holds any more."""
+        if self._left:
+            self.wait()
+        while self._left:
+            self._do("cuModuleUnload", self._left.pop())
+
     def _shrink(self) -> None:
         """Gives back whatever of the pool nobody holds."""
+        self._unload()
         self.wait()
         for free in self._pool.values():
             while free:
@@ -135,6 +169,33 @@ class Device:
     def download(self, address: int, to: int, size: int) -> None:
         """Device -> pinned memory, when the stream gets there."""
         self._do("cuMemcpyDtoHAsync", to, address, size, self._stream)
+
+    def upload_bytes(self, data: Any) -> "Buffer":
+        """A copy on the device, complete on return, of anything with a contiguous buffer: weights, tables.
+
+        Raises:
+            DeviceError: the device has no more memory.
+        """
+        given = np.frombuffer(data, np.uint8) if memoryview(data).nbytes else np.empty(0, np.uint8)
+        buffer = self.buffer(given.size)
+        with self.lock:
+            self.use()
+            # In pieces by way of pinned memory: only such a copy is one of the stream, in order with all other work.
+            staged, address = self.pinned((min(given.size, _STAGED_BYTES),), np.uint8)
+            try:
+                for start in range(0, given.size, _STAGED_BYTES):
+                    piece = given[start : start + _STAGED_BYTES]
+                    staged[: piece.size] = piece
+                    self.upload(buffer.address + start, address, piece.size)
+                    self.wait()
+            finally:
+                del staged
+                self.unpin(address)
+        return buffer
+
+    def zero(self, address: int, size: int) -> None:
+        """So many bytes of device memory become 0, when the stream gets there."""
+        self._do("cuMemsetD8Async", address, 0, size, self._stream)
 
     def fetch(self, address: int, shape: Sequence[int], dtype: Any) -> Array:
         """A copy of device memory, as it is once all earlier work is done."""
@@ -182,6 +243,75 @@ class Device:
         """Frees what `capture` made; nothing of it may be under way."""
         self._do("cuGraphExecDestroy", graph)
 
+    def load_module(self, data: bytes) -> "Module":
+        """Compiled kernels (a cubin or a fatbin), made ready for this GPU.
+
+        Raises:
+            DeviceError: the driver does not take them, such as code for another GPU.
+        """
+        with self.lock:
+            self.use()
+            self._unload()
+            return Module(self._do("cuModuleLoadData", data), self._left)
+
+    def function(self, module: "Module", name: str) -> "Function":
+        """A kernel of a module; asked for before any capture, because the driver may load its code only now.
+
+        Raises:
+            DeviceError: the module has no such kernel.
+        """
+        with self.lock:
+            self.use()
+            return Function(self._do("cuModuleGetFunction", module.handle, name.encode()), module, name)
+
+    def set_shared(self, function: "Function", size: int) -> None:
+        """Lets blocks of a kernel have so many bytes of dynamic shared memory; without this it is 48 KB.
+
+        Raises:
+            DeviceError: more than `shared_per_block`.
+        """
+        which = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        with self.lock:
+            self.use()
+            self._do("cuFuncSetAttribute", function.handle, which, size)
+
+    def blocks_per_multiprocessor(self, function: "Function", block: int, shared: int) -> int:
+        """How many blocks of a kernel, of so many threads and bytes of shared memory, a multiprocessor runs at once."""
+        with self.lock:
+            self.use()
+            return int(self._do("cuOccupancyMaxActiveBlocksPerMultiprocessor", function.handle, block, shared))
+
+    def run(
+        self,
+        function: "Function",
+        grid: tuple[int, int, int],
+        block: int,
+        shared: int,
+        argument: ctypes.Structure,
+        cooperative: bool = False,
+    ) -> None:
+        """Puts a launch of a kernel on the stream. Its one argument, a structure by value, is copied now.
+
+        Args:
+            function: the kernel, which has to stay held until the launch is done, and as long as a graph has it.
+            grid: blocks along x, y and z.
+            block: threads of a block, along x.
+            shared: bytes of dynamic shared memory of a block.
+            argument: the structure, laid out as the kernel's own.
+            cooperative: all blocks are resident at once, or the driver refuses.
+        """
+        # An array of pointers to the arguments, by its address: all releases of the bindings take that.
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        launch = (function.handle, *grid, block, 1, 1, shared, self._stream, ctypes.addressof(pointers))
+        if cooperative:
+            self._do("cuLaunchCooperativeKernel", *launch)
+        else:
+            self._do("cuLaunchKernel", *launch, 0)
+
+    def _attribute(self, name: str) -> int:
+        which = getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(self._do("cuDeviceGetAttribute", which, self._device))
+
     def _do(self, name: str, *arguments: Any) -> Any:
         """Calls the driver.
 
@@ -203,6 +333,28 @@ class Buffer:
         self.address = address
         # A list's append is one step for all threads.
         weakref.finalize(self, pool.append, address).atexit = False
+
+
+class Module:
+    """Compiled kernels on the device, there for as long as it or a function of it is held.
+
+    The next load unloads what nobody holds: at any other moment, work could be under way or being recorded.
+    """
+
+    __slots__ = ("__weakref__", "handle")
+
+    def __init__(self, handle: Any, left: list[Any]) -> None:
+        self.handle = handle
+        weakref.finalize(self, left.append, handle).atexit = False
+
+
+class Function:
+    """A kernel that can be launched; it holds its module."""
+
+    __slots__ = ("handle", "module", "name")
+
+    def __init__(self, handle: Any, module: Module, name: str) -> None:
+        self.handle, self.module, self.name = handle, module, name
 
 
 class DeviceArray:

@@ -76,6 +76,7 @@ class Graph:
         data: file with the graph's large tensors, where they do not fit into the graph itself.
         plans: engines that were built from it ahead of time.
         native: file with the same graph as a program of the native library, which runs it where it is installed.
+        fused: file with the same graph as a step program, which one launch on the GPU runs in place of TensorRT.
     """
 
     role: str
@@ -87,11 +88,13 @@ class Graph:
     data: str | None = None
     plans: tuple[EnginePlan, ...] = ()
     native: str | None = None
+    fused: str | None = None
 
     @property
     def files(self) -> set[str]:
         """Everything that an engine reads of it."""
-        return {f for f in (self.file, self.data, self.native, *(p.file for p in self.plans)) if f is not None}
+        every = (self.file, self.data, self.native, self.fused, *(p.file for p in self.plans))
+        return {f for f in every if f is not None}
 
 
 @dataclass(frozen=True)
@@ -315,6 +318,7 @@ def _graph(fields: Fields) -> Graph:
         _inside(fields.raw["data"], f"{fields.where}: data") if fields.given("data") else None,
         tuple(_plan(plan) for plan in fields.objects("plans")) if fields.given("plans") else (),
         _inside(fields.raw["native"], f"{fields.where}: native") if fields.given("native") else None,
+        _inside(fields.raw["fused"], f"{fields.where}: fused") if fields.given("fused") else None,
     )
 
 

@@ -55,6 +55,9 @@ class BundleModel:
         by_manifest = plain or opener is not None
         self._engines = {role: engine_of(self.bundle, role, by_manifest) for role in ("encoder", "step")}
         self._encoder, self._step = opened(self.bundle, "encoder"), opened(self.bundle, "step")
+        # On a GPU both are one engine as well, whose features never leave it.
+        after = getattr(self._step, "after", None)
+        self._whole: Engine | None = None if after is None else after(self._encoder)
         # The engines have copies of their own, and these may be gigabytes.
         self.bundle.release_graphs()
         self._states = manifest.states
@@ -70,7 +73,9 @@ class BundleModel:
     @property
     def engine_words(self) -> str:
         """What runs the graphs, for people: the library, its version, and the device where it is not the processor."""
-        return self._step.words
+        if self._engines["encoder"] == self._engines["step"]:
+            return self._step.words
+        return f"{self._encoder.words}; the step: {self._step.words}" if self._encoder.words else self._step.words
 
     @property
     def engine_identity(self) -> dict[str, str]:
@@ -152,7 +157,9 @@ class BundleModel:
         """One moment of every stream, as the float model's `step`; inputs as for `perceive`."""
         self.check_state(state, state.batch if isinstance(state, State) else 1)
         seen, rings = self.perceive(inputs, state)
-        return self.step_features(self.encode(seen), state, dt, rings)
+        if self._whole is None:
+            return self.step_features(self.encode(seen), state, dt, rings)
+        return self._run(self._whole, seen, state, self._intervals(dt, state.batch), rings)
 
     def step_features(
         self,
@@ -178,12 +185,25 @@ class BundleModel:
         """
         batch = len(next(iter(features.values())))
         self.check_state(state, batch)
+        return self._run(self._step, features, state, self._intervals(dt, batch), rings)
+
+    def _intervals(self, dt: Sequence[float] | NDArray[Any] | float, batch: int) -> NDArray[np.float32]:
         try:
-            intervals = np.broadcast_to(np.asarray(dt, np.float32), (batch,)).copy()
+            intervals: NDArray[np.float32] = np.broadcast_to(np.asarray(dt, np.float32), (batch,)).copy()
         except (TypeError, ValueError):
             raise InputError(f"dt is one number, or one for each of {batch} streams; found {dt!r}") from None
         if not (np.isfinite(intervals).all() and (intervals > 0).all()):
             raise InputError(f"dt is time over the trained frame interval, finite and above 0; found {dt}")
-        results = self._step.run({**features, "dt": intervals, **{n: state.arrays[n] for n in self._in_graph}})
+        return intervals
+
+    def _run(
+        self,
+        engine: Engine,
+        given: Mapping[str, Array],
+        state: State,
+        intervals: NDArray[np.float32],
+        rings: Mapping[str, Array] | None,
+    ) -> tuple[dict[str, Array], State]:
+        results = engine.run({**given, "dt": intervals, **{n: state.arrays[n] for n in self._in_graph}})
         arrays = {**state.arrays, **(rings or {}), **{n: results[f"next_{n}"] for n in self._in_graph}}
-        return {name: results[name] for name in self._outputs}, State(state.model, arrays, self._axes, batch)
+        return {name: results[name] for name in self._outputs}, State(state.model, arrays, self._axes, state.batch)

@@ -2,21 +2,33 @@
 
 Every call goes through NVIDIA's own bindings first, which take or refuse its arguments before they notice that there is
 no driver. Then it is carried out as CUDA would: work on a stream waits until somebody waits for it, a capture records
-it, and memory that nobody allocated, on either side, cannot be touched.
+it, and memory that nobody allocated, on either side, cannot be touched. Kernels are real machine code for the GPU, of
+which the driver reads what they take; what is run in their stead is the same source, compiled for this processor.
 """
 
 import ctypes
+import functools
 import itertools
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cubins import Kernel, cubins
 from cuda.bindings import driver as real
 
-__all__ = ["FakeDriver", "has_driver", "real"]
+import affect_runtimes
 
+__all__ = ["HOST_LIBRARY", "FakeDriver", "Launch", "has_driver", "host_library", "real", "run_on_host"]
 
+HOST_LIBRARY = "AFFECT_CUDA_HOST"
+"""Environment variable that names another library of kernels for this processor than the installed one."""
+_HOST_NAME = "libaffect_cuda_host.so"
+_GUARD = b"\xa5" * 64
+_DEFAULT_SHARED = 48 << 10
 _GIVE_NOTHING = {
     "cuInit",
     "cuMemFree",
@@ -26,6 +38,11 @@ _GIVE_NOTHING = {
     "cuGraphLaunch",
     "cuGraphDestroy",
     "cuMemcpyDtoH",
+    "cuMemsetD8Async",
+    "cuModuleUnload",
+    "cuFuncSetAttribute",
+    "cuLaunchKernel",
+    "cuLaunchCooperativeKernel",
 }
 
 
@@ -38,6 +55,63 @@ def has_driver() -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel, with a copy of its argument."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: int
+    shared: int
+    cooperative: bool
+    argument: bytes
+
+
+@dataclass
+class _Function:
+    """A kernel of a module, and the dynamic shared memory that its blocks may have."""
+
+    name: str
+    module: int
+    about: Kernel
+    most_shared: int = _DEFAULT_SHARED
+
+
+@functools.cache
+def host_library() -> Any:
+    """The kernels as compiled for this processor, loaded once.
+
+    Raises:
+        FileNotFoundError: they were not built.
+    """
+    named = os.environ.get(HOST_LIBRARY)
+    files = [Path(named)] if named else [Path(folder) / _HOST_NAME for folder in affect_runtimes.__path__]
+    for file in files:
+        if file.is_file():
+            launch = ctypes.CDLL(str(file)).affect_cuda_host_launch
+            number = ctypes.c_uint
+            launch.argtypes = (
+                *(ctypes.c_char_p, number, number, number, number, number, ctypes.c_int, number),
+                *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t),
+            )
+            launch.restype = ctypes.c_int
+            return launch
+    raise FileNotFoundError(
+        f"launches are carried out by {_HOST_NAME}, which is not in {', '.join(map(str, files))}: build the native "
+        f"library with its tests, or name the file in ${HOST_LIBRARY}"
+    )
+
+
+def run_on_host(launch: Launch, order: int = 0) -> None:
+    """Carries out a launch, in another order of threads for each number."""
+    room = ctypes.create_string_buffer(launch.argument, len(launch.argument) + 16)
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(room))
+    error = ctypes.create_string_buffer(500)
+    sizes = (*launch.grid, launch.block, launch.shared, launch.cooperative, order)
+    status = host_library()(launch.kernel.encode(), *sizes, arguments, error, len(error))
+    assert status == 0, f"{launch.kernel}: {error.value.decode(errors='replace')}"
+
+
 class FakeDriver:
     """Looks like the module `cuda.bindings.driver`.
 
@@ -46,6 +120,14 @@ class FakeDriver:
         initialised: whether cuInit has succeeded.
         refuse: name of a function -> what it answers instead of doing anything.
         pending: work on the stream that nobody has waited for.
+        multiprocessors, clock_khz, memory_clock_khz, memory_bus_bits, cooperative: what the device says it has.
+        most_shared: bytes of shared memory that a block can have; a multiprocessor has 1 KB more.
+        check_launch: is given each kernel's name and argument when it is launched or recorded.
+        carry_out: computes a launch when the stream gets there.
+        order: seed for the order of threads where that is `run_on_host`; 0 runs them in order.
+        launched: name of a kernel -> how often it was carried out.
+        refused_modules: how many of the next modules do not load.
+        modules, functions: those that are loaded, by handle.
     """
 
     def __init__(
@@ -64,6 +146,15 @@ class FakeDriver:
         self.current = threading.local()
         self._numbers = itertools.count(1001)
         self.ask = not has_driver()
+        self.multiprocessors, self.cooperative, self.most_shared = 8, 1, 166912
+        self.clock_khz, self.memory_clock_khz, self.memory_bus_bits = 1020000, 0, 0
+        self.check_launch: Callable[[str, bytes], None] | None = None
+        self.order = 0
+        self.carry_out: Callable[[Launch], None] = lambda launch: run_on_host(launch, self.order)
+        self.launched: Counter[str] = Counter()
+        self.refused_modules = 0
+        self.modules: dict[int, dict[str, Kernel]] = {}
+        self.functions: dict[int, _Function] = {}
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu"):
@@ -113,7 +204,9 @@ class FakeDriver:
     def _block(self, size: int, blocks: dict[int, Any]) -> int:
         self.here()
         assert size > 0 and self.recording is None
-        block = (ctypes.c_uint8 * size)(*([0xCD] * min(size, 64)))
+        whole = (ctypes.c_uint8 * (size + len(_GUARD)))(*([0xCD] * min(size, 64)))
+        block = (ctypes.c_uint8 * size).from_buffer(whole)
+        ctypes.memmove(ctypes.addressof(block) + size, _GUARD, len(_GUARD))
         blocks[ctypes.addressof(block)] = block
         return ctypes.addressof(block)
 
@@ -139,6 +232,12 @@ class FakeDriver:
         return {
             names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: self.capability[0],
             names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: self.capability[1],
+            names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: self.multiprocessors,
+            names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: self.most_shared,
+            names.CU_DEVICE_ATTRIBUTE_CLOCK_RATE: self.clock_khz,
+            names.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: self.memory_clock_khz,
+            names.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: self.memory_bus_bits,
+            names.CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH: self.cooperative,
         }[attribute]
 
     def _cuDevicePrimaryCtxRetain(self, device: Any) -> Any:
@@ -215,3 +314,124 @@ class FakeDriver:
 
     def _cuGraphExecDestroy(self, graph: Any) -> None:
         del self.graphs[-int(graph)]
+
+    def _cuMemsetD8Async(self, address: Any, value: int, size: int, stream: Any) -> None:
+        self.here()
+        assert int(stream) == 77
+        self.view(int(address), size, True)
+
+        def work() -> None:
+            ctypes.memset(self.view(int(address), size, True), value, size)
+
+        self.enqueue(work)
+
+    def _cuModuleLoadData(self, image: Any) -> Any:
+        self.here()
+        assert self.recording is None and isinstance(image, bytes)
+        if self.refused_modules:
+            self.refused_modules -= 1
+            return real.CUresult.CUDA_ERROR_INVALID_IMAGE
+        try:
+            found = cubins(image)
+        except ValueError:
+            return real.CUresult.CUDA_ERROR_INVALID_IMAGE
+        if any(cubin.toolkit > self.version // 1000 for cubin in found):
+            return real.CUresult.CUDA_ERROR_INVALID_IMAGE
+        major, minor = self.capability
+        fits = [cubin for cubin in found if cubin.sm // 10 == major and cubin.sm % 10 <= minor]
+        if not fits:
+            return real.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU
+        number = next(self._numbers)
+        self.modules[number] = max(fits, key=lambda cubin: cubin.sm).kernels
+        return real.CUmodule(init_value=number)
+
+    def _cuModuleUnload(self, module: Any) -> None:
+        self.here()
+        assert self.recording is None and not self.pending
+        del self.modules[int(module)]
+        self.functions = {number: kept for number, kept in self.functions.items() if kept.module != int(module)}
+
+    def _cuModuleGetFunction(self, module: Any, name: bytes) -> Any:
+        self.here()
+        assert self.recording is None
+        kernels = self.modules[int(module)]
+        if name.decode() not in kernels:
+            return real.CUresult.CUDA_ERROR_NOT_FOUND
+        number = next(self._numbers)
+        self.functions[number] = _Function(name.decode(), int(module), kernels[name.decode()])
+        return real.CUfunction(init_value=number)
+
+    def _cuFuncSetAttribute(self, function: Any, which: Any, value: int) -> Any:
+        self.here()
+        assert which == real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        if value > self.most_shared:
+            return real.CUresult.CUDA_ERROR_INVALID_VALUE
+        self.functions[int(function)].most_shared = value
+        return None
+
+    def _cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function: Any, block: int, shared: int) -> int:
+        self.here()
+        return self._resident(self.functions[int(function)], block, shared)
+
+    def _resident(self, function: _Function, block: int, shared: int) -> int:
+        """Blocks on a multiprocessor: 48 warps and 16 blocks at most, 64 K registers in lots of 256, its memory."""
+        if shared > function.most_shared or block > function.about.most_threads:
+            return 0
+        warps = -(-block // 32)
+        registers = warps * 256 * -(-32 * function.about.registers // 256)
+        return min(48 // warps, 16, 65536 // registers, (self.most_shared + 1024) // (shared + 1024))
+
+    def _cuLaunchKernel(self, function: Any, *rest: Any) -> Any:
+        *launch, extra = rest
+        assert not extra
+        return self._launch(function, *launch, cooperative=False)
+
+    def _cuLaunchCooperativeKernel(self, function: Any, *launch: Any) -> Any:
+        assert self.cooperative, "this GPU has no cooperative launches"
+        return self._launch(function, *launch, cooperative=True)
+
+    def _launch(
+        self,
+        handle: Any,
+        x: int,
+        y: int,
+        z: int,
+        block: int,
+        block_y: int,
+        block_z: int,
+        shared: int,
+        stream: Any,
+        arguments: int,
+        *,
+        cooperative: bool,
+    ) -> Any:
+        self.here()
+        assert int(stream) == 77
+        function, grid = self.functions[int(handle)], (x, y, z)
+        about = function.about
+        assert block_y == block_z == 1 and block % 32 == 0, f"blocks of {block} x {block_y} x {block_z}"
+        assert 0 < block <= about.most_threads, f"{block} threads, {about.most_threads} compiled for"
+        assert all(0 < blocks <= most for blocks, most in zip(grid, (2**31 - 1, 65535, 65535), strict=True)), grid
+        assert 0 <= shared <= function.most_shared, f"{shared} bytes of shared memory, {function.most_shared} asked for"
+        resident = self._resident(function, block, shared)
+        if not resident:
+            return real.CUresult.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
+        if cooperative and x * y * z > resident * self.multiprocessors:
+            return real.CUresult.CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE
+        assert about.arguments == 1, f"{function.name} takes {about.arguments} arguments"
+        where = ctypes.c_void_p.from_address(arguments).value
+        assert where is not None
+        argument = ctypes.string_at(where, about.argument_bytes)
+        if self.check_launch is not None:
+            self.check_launch(function.name, argument)
+        launch = Launch(function.name, grid, block, shared, cooperative, argument)
+        self.enqueue(lambda: self._carry_out(int(handle), launch))
+        return None
+
+    def _carry_out(self, function: int, launch: Launch) -> None:
+        assert function in self.functions, f"the module of {launch.kernel} was unloaded"
+        self.carry_out(launch)
+        self.launched[launch.kernel] += 1
+        for start, block in self.device.items():
+            after = ctypes.string_at(start + len(block), len(_GUARD))
+            assert after == _GUARD, f"{launch.kernel} wrote past {len(block)} bytes at {start:#x}"

@@ -1,6 +1,6 @@
-"""From a native program in fp32 to a step program: other places, other weights, and where a tile's threads have to meet."""
+"""From a native program in fp32 to a step program: other weights, and where all who work on a tile have to meet."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -163,7 +163,9 @@ def _names(op: native.Op, names: str) -> list[str]:
     made: list[str] = []
     for name in names.split():
         stem = name.rstrip("*")
-        made += [f for f in native.FIELDS[op] if f.startswith(stem) and f[len(stem) :].isdigit()] if "*" in name else [name]
+        made += (
+            [f for f in native.FIELDS[op] if f.startswith(stem) and f[len(stem) :].isdigit()] if "*" in name else [name]
+        )
     return made
 
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from affect_runtimes.errors import DeviceError
 from affect_runtimes.fused.program import TILE, Program, stream_bytes
 
-__all__ = ["ALONE", "TEAM", "Gpu", "Shape", "StepLaunch", "arena_stride", "choose_shape", "fill", "shared_bytes"]
+__all__ = ["ALONE", "TEAM", "Gpu", "Shape", "StepLaunch", "choose_shape", "fill", "set_addresses", "shared_bytes"]
 
 ALONE, TEAM = "affect_step", "affect_step_team"
 """The kernels: one block for each tile of streams, and several."""
 _MOST_TENSORS = 64
 _WARP, _MOST_THREADS = 32, 512
-_BANKS = 32 * 4  # bytes of shared memory that are read at once
 _MEET_US = 1.2  # for the blocks of a team to meet: a few trips to L2, with nobody else there
 _BYTES_PER_CLOCK = 64  # that one multiprocessor reads from L2
 
@@ -25,7 +24,7 @@ class _Tensor(ctypes.Structure):
 class StepLaunch(ctypes.Structure):
     """StepLaunch of step.h."""
 
-    _fields_ = (
+    _fields_ = [
         ("program", ctypes.c_uint64),
         ("constants", ctypes.c_uint64),
         ("arena", ctypes.c_uint64),
@@ -35,7 +34,7 @@ class StepLaunch(ctypes.Structure):
         ("arena_stride", ctypes.c_int32),
         ("team", ctypes.c_int32),
         ("tensors", _Tensor * _MOST_TENSORS),
-    )
+    ]
 
 
 @dataclass(frozen=True)
@@ -81,27 +80,18 @@ class Shape:
         return self.blocks // self.team
 
 
-def arena_stride(program: Program, streams: int) -> int:
-    """Bytes from the scratch of one stream of a tile to the next: so that what lies at one place of several streams lies
-    in several banks of shared memory."""
-    if streams == 1:
-        return program.arena
-    return -(-(program.arena - _BANKS // 2) // _BANKS) * _BANKS + _BANKS // 2
-
-
 def shared_bytes(program: Program, kernel: str, streams: int, threads: int) -> int:
     """What a block needs: the program, a sum for each thread and stream, and, alone, the scratch of its tile."""
     table = -(-len(program.table) // 16) * 16
     tile = min(streams, TILE)
-    return table + threads * TILE * 4 + (tile * arena_stride(program, tile) if kernel == ALONE else 0)
+    return table + threads * TILE * 4 + (tile * program.arena if kernel == ALONE else 0)
 
 
 def choose_shape(program: Program, streams: int, gpu: Gpu, threads: int = _MOST_THREADS) -> Shape:
     """The launch that should take least time.
 
-    A block alone reads the weights at what one multiprocessor gets from L2. A team reads them at what the memory, or all
-    of its multiprocessors, give, and meets at the end of each wave. With more tiles than one team has room beside
-    another, teams are smaller.
+    A block alone reads the weights at what one multiprocessor gets from L2. A team reads them at what memory, or all of
+    its multiprocessors, give, and meets at the end of each wave. Where there are many tiles, teams are smaller.
 
     Raises:
         DeviceError: neither way fits on this GPU.
@@ -151,7 +141,7 @@ def fill(
     made = StepLaunch()
     made.program, made.constants, made.arena, made.barriers = table, constants, arena, barriers
     made.instructions, made.streams, made.team = len(program.instructions), streams, shape.team
-    made.arena_stride = arena_stride(program, min(streams, TILE) if shape.kernel == ALONE else TILE)
+    made.arena_stride = program.arena
     for number, tensor in enumerate((*program.inputs, *program.outputs)):
         made.tensors[number].stride = stream_bytes(tensor)
     return made
