@@ -24,6 +24,7 @@ from affect_runtimes import native
 from affect_runtimes.base import Engine, engine_version, machine
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.compare import Bound
+from affect_runtimes.fused.host import HostStepEngine
 from affect_runtimes.interface import ImageInput
 from affect_runtimes.manifest import SCHEMA, to_text
 from affect_runtimes.model import BundleModel
@@ -126,6 +127,7 @@ def assemble(
                 "sha256": _sha256(folder / g.file),
                 **({} if g.data is None else {"data": g.data}),
                 **({} if g.native is None else {"native": g.native}),
+                **({} if g.fused is None else {"fused": g.fused}),
                 **({} if not g.plans else {"plans": [asdict(plan) for plan in g.plans]}),
                 "precision": g.precision,
                 "inputs": [t.to_json() for t in g.source.inputs],
@@ -151,14 +153,22 @@ def assemble(
     return open_here(folder, target)
 
 
-def open_here(folder: Path, target: Target) -> BundleModel:
-    """Opens a bundle on this machine: on its own engine, or on what stands in for it."""
+def open_here(folder: Path, target: Target, plain: bool = False) -> BundleModel:
+    """Opens a bundle on this machine: on its own engine, or on what stands in for it.
+
+    Args:
+        folder: of the bundle.
+        target: that it is for.
+        plain: every graph on the target's own engine, where another one could run it.
+    """
     stand_in = target.stand_in
     if stand_in is None:
-        return BundleModel(folder, any_machine=True)
+        return BundleModel(folder, any_machine=True, plain=plain)
 
     def opener(bundle: Bundle, role: str) -> Engine:
         graph = bundle.manifest.graph(role)
+        if graph.fused is not None and not plain:
+            return HostStepEngine(graph, bundle.read(graph.fused))
         return stand_in(graph, bundle.read(graph.file))
 
     return BundleModel(folder, opener=opener)
@@ -167,7 +177,7 @@ def open_here(folder: Path, target: Target) -> BundleModel:
 def _beside(graph: WrittenGraph) -> list[str]:
     """The files of a graph beside itself."""
     return [
-        *(name for name in (graph.data, graph.native) if name is not None),
+        *(name for name in (graph.data, graph.native, graph.fused) if name is not None),
         *(plan.file for plan in graph.plans),
         *graph.beside,
     ]

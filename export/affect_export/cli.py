@@ -50,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", choices=["int8", "fp16", "fp32"], help="of convolutions and linear layers; default: the target's"
     )
     parser.add_argument(
+        "--step-engine",
+        metavar="ENGINE",
+        help="what runs the recurrent step on a GPU: tensorrt (default), or fused, one launch of our own kernels",
+    )
+    parser.add_argument(
         "--calibration",
         type=Path,
         metavar="PATH",
@@ -123,7 +128,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     if arguments.target is None:
         raise InputError("name a --target; --list-targets shows them")
-    target = find_target(arguments.target)
+    target = find_target(arguments.target).with_step_engine(arguments.step_engine)
     require("torch", "onnx", "onnxscript", "safetensors")
     from affect_export.export import export_model, tighten
     from affect_export.layer_report import write_report

@@ -31,6 +31,11 @@ _DRIFT_STEPS_OF_LARGE = 200
 _SMALL = 20_000_000  # parameters
 _STEPS_OF_LARGE = 3
 _TIMED_RUNS = 100
+_STOOD_IN = "ONNX Runtime, in place of the engine, with its rounding; the device holds the engine itself"
+_FUSED_HERE = (
+    "encoder: ONNX Runtime, in place of TensorRT, with its rounding; step: the fused step's own kernels, on the "
+    "processor; the device holds the engine and the kernels themselves"
+)
 _LIKENESSES = ("ccc", "least_ccc", "agreement")
 
 
@@ -268,10 +273,10 @@ def _write(
         report = gate.check(lambda given: graphs.run_bundle(bundle, given), bounds)
         if target.stand_in is None:
             more["ran_on"] = bundle.engines
-        if all(graph.native is None for graph in written):
+        if all(graph.native is None and graph.fused is None for graph in written):
             return report
-        # A device without the library runs the other form.
-        plain = BundleModel(folder, any_machine=True, plain=True)
+        # A device without the library runs the other form, and who asks for it.
+        plain = open_here(folder, target, plain=True)
         alone = gate.check(lambda given: graphs.run_bundle(plain, given), bounds)
         named = {
             f"{name}, on {target.engine} alone": figures
@@ -307,7 +312,7 @@ def _write(
         assemble(checkpoint, target, precision, bounds, written, verification, folder)
         more |= built
     if target.stand_in is not None:
-        more["ran_on"] = "ONNX Runtime, in place of the engine, with its rounding; the device holds the engine itself"
+        more["ran_on"] = _STOOD_IN if all(graph.fused is None for graph in written) else _FUSED_HERE
     record(folder, report, steps, more)
     if report.passed:
         replay(open_here(folder, target))

@@ -66,7 +66,7 @@ def pack(source: native.Program, codes: Codes | None = None) -> Program:
         elif i.op in _PLAIN:
             made.append(_plain(i, where))
         else:
-            raise InputError(f"a fused step has no {i.op.name.lower()}; export this model with --step-engine tensorrt")
+            raise InputError(f"a fused step has no {i.op.name.lower()}")
     if codes is not None and (left := codes.unused):
         raise InputError(f"the step has INT8 weights of {', '.join(left)}, which no linear layer of its program reads")
     # An instruction may read what it overwrites only number by number, which `lower` sees to.

@@ -84,6 +84,7 @@ class WrittenGraph:
         plans: engines built from it ahead of time.
         beside: further files of the bundle that it needs.
         native: the same graph as a program of the native library.
+        fused: the same graph as a step program.
         size: bytes of the graph where its file has more in it, or None.
     """
 
@@ -95,6 +96,7 @@ class WrittenGraph:
     beside: tuple[str, ...] = ()
     native: str | None = None
     size: int | None = None
+    fused: str | None = None
 
     @property
     def described(self) -> Graph:
@@ -103,7 +105,7 @@ class WrittenGraph:
         takes, gives = (
             tuple(Tensor(t.name, t.shape, t.dtype) for t in side) for side in (source.inputs, source.outputs)
         )
-        return Graph(source.role, self.file, "", self.precision, takes, gives, self.data, native=self.native)
+        return Graph(source.role, self.file, "", self.precision, takes, gives, self.data, (), self.native, self.fused)
 
     def external(self, folder: Path) -> dict[str, bytes]:
         """Name and content of that file, as `affect_runtimes.onnxruntime.open_bytes` takes it."""
@@ -178,6 +180,7 @@ class Target:
         then: what to do with the bundle, with {path} in it.
         ready: raises where a library is missing that the export would want only at its end, or the model cannot go
             there; called first.
+        step_engines: what else can run the step there -> makes of this target one whose step runs on it.
     """
 
     name: str
@@ -196,6 +199,22 @@ class Target:
     max_batch: int | None = None
     then: str = "on the device: affect-verify {path} && affect-bench {path}"
     ready: Callable[["AffectModel"], object] | None = None
+    step_engines: Mapping[str, Callable[["Target"], "Target"]] = field(default_factory=dict)
+
+    def with_step_engine(self, asked: str | None) -> "Target":
+        """This target with its step on another engine; None, or the target's own, changes nothing.
+
+        Raises:
+            InputError: the step cannot run on that here.
+        """
+        if asked is None or asked == self.engine:
+            return self
+        if asked not in self.step_engines:
+            raise InputError(
+                f"target {self.name} runs a step on {' or '.join([self.engine, *self.step_engines])}; --step-engine "
+                f"{asked} was asked for"
+            )
+        return self.step_engines[asked](self)
 
     def precision(self, asked: str | None) -> str:
         """What was asked for, or the default.

@@ -7,7 +7,7 @@ knows, to see that nothing is refused. The engine itself is held to the bounds b
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from affect_export.targets.base import FP16_BOUNDS, INT8_BOUNDS, Plan, Target, WrittenGraph
 from affect_export.targets.onnx import ONNX, write_all
 from affect_runtimes.errors import AffectError, InputError, MissingDependencyError
+from affect_runtimes.fused import host
 from affect_runtimes.manifest import EnginePlan, Graph
 from affect_runtimes.onnxruntime import INT8, OnnxRuntimeEngine
 from affect_runtimes.tensorrt.library import RTX, Library, build_engine, find_library, parse
@@ -23,8 +24,20 @@ from affect_runtimes.tensorrt.library import RTX, Library, build_engine, find_li
 if TYPE_CHECKING:
     from affect_export.models.base import AffectModel
 
-__all__ = ["DESKTOP_4090", "JETSON_ORIN", "JETSON_ORIN_NANO", "Walk", "build", "rtx", "run_in_place", "walk", "widened"]
+__all__ = [
+    "DESKTOP_4090",
+    "JETSON_ORIN",
+    "JETSON_ORIN_NANO",
+    "Walk",
+    "build",
+    "fuse_step",
+    "rtx",
+    "run_in_place",
+    "walk",
+    "widened",
+]
 
+FUSED = "fused"
 HALF, SCAN = "float16", "float16, with float32 for state, delta and decay"
 _MOST_BYTES = (1 << 31) - (1 << 20)  # where protobuf ends
 _RTX = "pip install 'affect-edge[rtx]'"
@@ -42,15 +55,22 @@ def _write(graph: WrittenGraph, model: Any, folder: Path, formats: Mapping[str, 
     return replace(graph, precision={**precision, **formats}, data=None)
 
 
-def _halve(written: list[WrittenGraph], source: Path, folder: Path) -> list[WrittenGraph]:
+def _halve(written: list[WrittenGraph], source: Path, folder: Path, fused: bool = False) -> list[WrittenGraph]:
     import onnx
 
     from affect_quantize.half import half_graph
 
-    return [_write(graph, half_graph(onnx.load(source / graph.file)), folder, {}) for graph in written]
+    made = []
+    for graph in written:
+        model = onnx.load(source / graph.file)
+        halved = _write(graph, half_graph(model), folder, {})
+        made.append(_fuse(halved, model, folder) if fused and graph.source.role == "step" else halved)
+    return made
 
 
-def _quantize(written: list[WrittenGraph], source: Path, folder: Path, plan: Plan) -> list[WrittenGraph]:
+def _quantize(
+    written: list[WrittenGraph], source: Path, folder: Path, plan: Plan, fused: bool = False
+) -> list[WrittenGraph]:
     import onnx
 
     from affect_quantize.half import half_graph
@@ -64,8 +84,43 @@ def _quantize(written: list[WrittenGraph], source: Path, folder: Path, plan: Pla
         quantized = quantize_graph(
             model, plan.ranges.get(role, {}), keep, plan.means.get(role), symmetric=True, half_scales=True
         )
-        made.append(_write(graph, half_graph(quantized), folder, dict.fromkeys(kinds, INT8)))
+        halved = _write(graph, half_graph(quantized), folder, dict.fromkeys(kinds, INT8))
+        made.append(_fuse(halved, quantized, folder) if fused and role == "step" else halved)
     return made
+
+
+def _fuse(graph: WrittenGraph, model: Any, folder: Path) -> WrittenGraph:
+    """Puts a step program beside the step's graph: the same weights, and fp32 between them."""
+    from affect_export.fused import pack, without_pairs
+    from affect_export.native import lower
+
+    plain, codes = without_pairs(model)
+    try:
+        program = pack(lower(plain, graph.described), codes)
+    except InputError as error:
+        raise InputError(f"this model has no fused step ({error}); export it with --step-engine tensorrt") from None
+    file = f"{graph.source.role}.fused"
+    (folder / file).write_bytes(program.to_bytes())
+    weights = "int8 weights" if graph.precision.get("linear") == INT8 else "float16 weights"
+    precision = {layer: weights if layer in ("linear", "conv") else "float32" for layer in graph.precision}
+    return replace(graph, fused=file, precision=precision)
+
+
+def fuse_step(target: Target) -> Target:
+    """A target of this module with its step in one launch of our own kernels (`affect_runtimes.fused`)."""
+    return replace(
+        target,
+        quantizer=partial(_quantize, fused=True),
+        halver=partial(_halve, fused=True),
+        ready=partial(_fused_ready, target.ready),
+    )
+
+
+def _fused_ready(before: Callable[["AffectModel"], object] | None, model: "AffectModel") -> None:
+    if before is not None:
+        before(model)
+    if reason := host.unavailable_reason():
+        raise MissingDependencyError(f"a fused step is held to its bounds in its own kernels: {reason}")
 
 
 def widened(data: bytes) -> bytes:
@@ -218,7 +273,7 @@ def build(
         found.check(graph.file)
         engine = build_engine(library, graph.described, data, most, gpu)
         told[graph.source.role] = {"bytes": len(engine), **found.to_json()}
-        if keep:
+        if keep and graph.fused is None:
             file = f"{graph.source.role}.sm{gpu.replace('.', '')}.engine"
             (folder / file).write_bytes(engine)
             graph = replace(graph, plans=(EnginePlan(file, library.name, library.version, gpu),))
@@ -242,6 +297,7 @@ JETSON_ORIN = Target(
     quantizer=_quantize,
     halver=_halve,
     stand_in=run_in_place,
+    step_engines={FUSED: fuse_step},
     # TensorRT-RTX has no 8.7, the GPU of the Orins; 8.6 is the nearest of the same generation.
     **_built(8, "8.6", keep=False),
 )
