@@ -23,7 +23,7 @@ STUBS := build/tensorrt-stubs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install serves Python files from the tree, so only these make a new install necessary.
 INSTALL_INPUTS := pyproject.toml constraints.txt $(shell find cmake runtimes/native -type f -not -path '*/tests/*')
-CXX_FILES := $(shell find runtimes/native benchmarks -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find runtimes/native benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # One pin list for what is installed and for what builds it. Builds are isolated, as they are for any user of pip: the
 # backend fetches cmake and ninja only where the machine has none, and none of it lands in $(VENV). Isolation ignores

@@ -28,6 +28,9 @@ PACKAGES = {
 }
 
 NATIVE_LIBRARY = re.compile(r"affect_runtimes/(lib)?affect_edge\.(so|dylib|dll)")
+BUILT = re.compile(r"affect_runtimes/((lib)?affect_(edge|cuda_host)\.(so|dylib|dll)|fused/cuda/.+)")
+"""What CMake adds: libraries, and the kernels for NVIDIA's GPUs."""
+KERNELS = {f"affect_runtimes/fused/cuda/{name}" for name in ("numbers.h", "scan.cu", "step.cu", "step.h")}
 
 WORKSTATION_ONLY = (
     "torch",
@@ -117,11 +120,11 @@ def package_files() -> set[str]:
         for file in (source / package).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
-    return {name for name in found if not NATIVE_LIBRARY.fullmatch(name)}
+    return {name for name in found if not BUILT.fullmatch(name)}
 
 
 def test_the_wheel_holds_the_five_packages_with_their_data(wheel: Built) -> None:
-    inside = {name for name in wheel.names if ".dist-info/" not in name and not NATIVE_LIBRARY.fullmatch(name)}
+    inside = {name for name in wheel.names if ".dist-info/" not in name and not BUILT.fullmatch(name)}
     assert inside == package_files()
     for package in PACKAGES:
         assert f"{package}/__init__.py" in inside
@@ -141,6 +144,7 @@ def test_the_wheel_carries_the_licence(wheel: Built) -> None:
 @pytest.mark.skipif(os.environ.get("AFFECT_PURE_PYTHON") == "1", reason="AFFECT_PURE_PYTHON=1: no compiler here")
 def test_the_wheel_has_the_native_library_and_fits_every_python_3(wheel: Built) -> None:
     assert any(NATIVE_LIBRARY.fullmatch(name) for name in wheel.names), wheel.log
+    assert wheel.names >= KERNELS
     python, abi, platform = wheel.path.stem.split("-")[-3:]
     assert (python, abi) == ("py3", "none")
     assert platform != "any"

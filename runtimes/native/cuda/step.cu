@@ -204,7 +204,7 @@ AFFECT_OP void linear_of(const Instruction &i, const Team &team) {
                 team.sums[(warp * kStreams + s) * 32 + lane] = sums[s];
             }
             __syncthreads();
-            if (part == 0) {
+            if (part == 0 && slot < slots) {
                 for (int other = warp + 1; other < warp + split; ++other) {
 #pragma unroll
                     for (int s = 0; s < kStreams; ++s) {
