@@ -22,7 +22,7 @@ from affect_export.assembly import open_here
 from affect_export.export import export_model
 from affect_export.models.checkpoint import Checkpoint
 from affect_export.targets import TARGETS, WrittenGraph
-from affect_runtimes import base, cuda, tensorrt, verify
+from affect_runtimes import base, cuda, gpu, tensorrt, verify
 from affect_runtimes.bundle import Bundle
 from affect_runtimes.cache import ENVIRONMENT
 from affect_runtimes.cuda import DeviceArray
@@ -30,7 +30,6 @@ from affect_runtimes.errors import BundleError, DeviceError, IntegrityError, Mis
 from affect_runtimes.manifest import EnginePlan, to_text
 from affect_runtimes.model import BundleModel
 from affect_runtimes.state import State
-from affect_runtimes import gpu
 from affect_runtimes.tensorrt.library import RTX, Library, build_engine
 from affect_runtimes.verify import replay, replay_elsewhere
 
