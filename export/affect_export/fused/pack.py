@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from affect_runtimes.errors import InputError
 from affect_runtimes.fused import program as fused
 from affect_runtimes.fused.program import Access, Instruction, Op, Operand, Place, Program
 
-__all__ = ["barriers", "pack", "pack_matrix", "unpack_matrix"]
+__all__ = ["in_waves", "pack", "pack_matrix", "unpack_matrix"]
 
 _LANES = 32
 _ALIGNMENT = 16
@@ -72,23 +73,32 @@ def pack(source: native.Program, codes: Codes | None = None) -> Program:
     # An instruction may read what it overwrites only number by number, which `lower` sees to.
     return fused.read(
         Program(
-            source.inputs, source.outputs, tuple(barriers(made)), native.align(source.arena), constants.joined()
+            source.inputs, source.outputs, tuple(in_waves(made)), native.align(source.arena), constants.joined()
         ).to_bytes()
     )
 
 
-def barriers(instructions: Iterable[Instruction]) -> list[Instruction]:
-    """Marks those that what follows has to wait for: it reads what they write, or writes what they read or write."""
-    made: list[Instruction] = []
-    since: list[Access] = []
-    for i in instructions:
-        own = list(fused.accesses(i))
-        if any(_conflict(a, b) for a in own for b in since):
-            made[-1] = replace(made[-1], flags=made[-1].flags | fused.BARRIER)
-            since = []
-        since += own
-        made.append(i)
+def in_waves(instructions: Iterable[Instruction]) -> list[Instruction]:
+    """In as few waves as their order allows, the last of each but the last wave marked: there all have to meet.
+
+    An instruction waits for those before it that write what it reads or writes, or read what it writes.
+    """
+    given = list(instructions)
+    touched = [list(fused.accesses(i)) for i in given]
+    waves: list[int] = []
+    for own in touched:
+        before = (wave for wave, other in zip(waves, touched, strict=False) if _conflicts(own, other))
+        waves.append(1 + max(before, default=-1))
+    order = sorted(range(len(given)), key=waves.__getitem__)
+    made = [given[k] for k in order]
+    for place, (k, following) in enumerate(pairwise(order)):
+        if waves[k] != waves[following]:
+            made[place] = replace(made[place], flags=made[place].flags | fused.BARRIER)
     return made
+
+
+def _conflicts(one: list[Access], other: list[Access]) -> bool:
+    return any(_conflict(a, b) for a in one for b in other)
 
 
 def _conflict(a: Access, b: Access) -> bool:
