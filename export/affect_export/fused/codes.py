@@ -23,8 +23,11 @@ class Codes:
         self._wanted: set[str] = set()
 
     def add(self, name: str, codes: NDArray[np.int8], scales: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-        """Notes the codes of a weight of two axes, with the axis of its outputs; returns what they stand for."""
-        values = codes.astype(np.float32) * np.expand_dims(scales, 1 - axis)
+        """Notes the codes of a weight with the axis of its outputs; returns what they stand for.
+
+        Those with other than two axes, of short convolutions, are a few numbers, which stay what they stand for.
+        """
+        values = codes.astype(np.float32) * scales.reshape([-1 if k == axis else 1 for k in range(codes.ndim)])
         if codes.ndim == 2:
             self._wanted.add(name)
             as_matrix = codes if axis == 1 else codes.T
@@ -69,9 +72,7 @@ def without_pairs(model: ModelProto) -> tuple[ModelProto, Codes]:
             axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
             if weight.dtype != np.int8 or zero.any() or scale.ndim != 1:
                 raise InputError(f"{node.input[0]}: is not INT8 with a scale for each output, symmetric about 0")
-            values = codes.add(node.input[0], weight, scale, axis) if weight.ndim == 2 else None
-            if values is None:
-                raise InputError(f"{node.input[0]}: has {weight.ndim} axes; a step's weights have two")
+            values = codes.add(node.input[0], weight, scale, axis)
             graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
         elif node.op_type == "DequantizeLinear":
             stands_for[node.output[0]] = stands_for[node.input[0]]

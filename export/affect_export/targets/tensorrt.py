@@ -102,7 +102,7 @@ def _fuse(graph: WrittenGraph, model: Any, folder: Path) -> WrittenGraph:
     file = f"{graph.source.role}.fused"
     (folder / file).write_bytes(program.to_bytes())
     weights = "int8 weights" if graph.precision.get("linear") == INT8 else "float16 weights"
-    precision = {layer: weights if layer in ("linear", "conv") else "float32" for layer in graph.precision}
+    precision = {layer: weights if layer == "linear" else "float32" for layer in graph.precision}
     return replace(graph, fused=file, precision=precision)
 
 

@@ -125,6 +125,7 @@ TRITON = replace(
     stand_in=_stand_in,
     finisher=partial(serve, serving=Serving()),
     max_batch=None,
+    step_engines={},
     ready=lambda model: check_states(model.all_states()),
     then="on the server: tritonserver --model-repository {path}/models",
 )
