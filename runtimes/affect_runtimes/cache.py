@@ -10,9 +10,11 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,13 +24,21 @@ from typing import Any
 from affect_runtimes.errors import DeviceError
 from affect_runtimes.files import replace_file, sync_folder
 
-__all__ = ["ENVIRONMENT", "EngineCache"]
+__all__ = ["ENVIRONMENT", "EngineCache", "announce"]
 
 ENVIRONMENT = "AFFECT_EDGE_CACHE"
 """Environment variable that names another folder than the default."""
+_log = logging.getLogger(__name__)
 _DATA, _ENTRY, _VERDICT = "engine", "entry.json", "verdict.json"
 _POLL_S, _SAY_AFTER_S = 0.1, 1.0
 _SPARE_BYTES = 16 << 20
+
+
+def announce(words: str) -> None:
+    """Says what takes long, to whoever watches a terminal, and to the log."""
+    _log.info(words)
+    if sys.stderr.isatty():
+        print(words, file=sys.stderr)
 
 
 class EngineCache:

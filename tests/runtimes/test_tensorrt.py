@@ -391,7 +391,7 @@ def test_a_build_that_is_stopped_stops(trt: Any, bundle: Path, monkeypatch: pyte
         if "of 2" in words:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tensorrt, "_say", stop)
+    monkeypatch.setattr(tensorrt, "announce", stop)
     with pytest.raises(KeyboardInterrupt):
         BundleModel(bundle)
 

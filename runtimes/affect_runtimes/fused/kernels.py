@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from affect_runtimes.cache import EngineCache
+from affect_runtimes.cache import EngineCache, announce
 from affect_runtimes.cuda import Device, Function, Module, cuda_words
 from affect_runtimes.errors import DeviceError, MissingDependencyError
 
@@ -93,8 +93,8 @@ def load_kernels(device: Device, source: str = "step.cu", cache: EngineCache | N
         try:
             return _loaded(device, given, data, compiler, f"compiled ahead of time ({file})")
         except DeviceError as error:
-            _say(f"{file} does not load ({error}); compiling {source} here")
-    return _compiled(device, given, cache or EngineCache(say=_say))
+            announce(f"{file} does not load ({error}); compiling {source} here")
+    return _compiled(device, given, cache or EngineCache(say=announce))
 
 
 def _compiled(device: Device, source: _Source, cache: EngineCache) -> Kernels:
@@ -111,7 +111,7 @@ def _compiled(device: Device, source: _Source, cache: EngineCache) -> Kernels:
     }
 
     def make() -> bytes:
-        _say(f"{compiler} compiles {source.name} for {device.name}; this takes up to a minute, once")
+        announce(f"{compiler} compiles {source.name} for {device.name}; this takes up to a minute, once")
         return _compile(nvrtc, source, options)
 
     for again in (False, True):
@@ -122,7 +122,7 @@ def _compiled(device: Device, source: _Source, cache: EngineCache) -> Kernels:
             if again:
                 raise
             # What is kept is what was compiled, and still it does not load: the driver was changed under its version.
-            _say(f"{source.name}: the kept machine code does not load; compiling it again")
+            announce(f"{source.name}: the kept machine code does not load; compiling it again")
             cache.drop(entry)
     raise AssertionError("not reached")
 
@@ -276,10 +276,3 @@ def _do(nvrtc: Any, name: str, *arguments: Any) -> Any:
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise DeviceError(f"NVRTC says {getattr(error, 'name', error)} to {name}")
     return results
-
-
-def _say(words: str) -> None:
-    """For whoever watches a terminal, and for the log."""
-    _log.info(words)
-    if sys.stderr.isatty():
-        print(words, file=sys.stderr)

@@ -8,12 +8,11 @@ measures its kernels on the device, is not there.
 
 import hashlib
 import logging
-import sys
 from collections.abc import Mapping
 
 from affect_runtimes.base import machine
 from affect_runtimes.bundle import Bundle
-from affect_runtimes.cache import EngineCache
+from affect_runtimes.cache import EngineCache, announce
 from affect_runtimes.cuda import Device, cuda_words, open_device
 from affect_runtimes.errors import BundleError, DeviceError
 from affect_runtimes.manifest import Graph
@@ -62,13 +61,13 @@ def create(bundle: Bundle, graph: Graph, threads: int) -> TensorRTEngine:
 def _built(
     bundle: Bundle, graph: Graph, device: Device, library: Library, most: int, identity: Mapping[str, str]
 ) -> TensorRTEngine:
-    cache, data = EngineCache(say=_say), bundle.read(graph.file)
+    cache, data = EngineCache(say=announce), bundle.read(graph.file)
     key = {**identity, "graph": graph.sha256, "weights": bundle.manifest.weights_sha256, "most": str(most)}
 
     def make() -> bytes:
-        _say(f"{graph.role}: {library} builds the engine for {device.name}; this takes up to minutes, once")
+        announce(f"{graph.role}: {library} builds the engine for {device.name}; this takes up to minutes, once")
         with device.building():
-            return build_engine(library, graph, data, most, say=_say)
+            return build_engine(library, graph, data, most, say=announce)
 
     for again in (False, True):
         plan, entry = cache.fetch(key, make, max(_ROOM * len(data), _LEAST_ROOM))
@@ -79,7 +78,7 @@ def _built(
             if again:
                 raise
             # What is kept is what was built, and still it does not load: the library was changed under its version.
-            _say(f"{graph.role}: the kept engine does not load; building it again")
+            announce(f"{graph.role}: the kept engine does not load; building it again")
             cache.drop(entry)
             continue
         _log.info("%s: %s", graph.role, words)
@@ -99,10 +98,3 @@ def _check_driver(device: Device, library: Library) -> None:
             f"{library} was built for CUDA {wanted}, and the driver supports {cuda_words(device.driver)}: update the "
             f"driver, or install a {library.name} for CUDA {device.driver // 1000}"
         )
-
-
-def _say(words: str) -> None:
-    """For whoever watches a terminal, and for the log."""
-    _log.info(words)
-    if sys.stderr.isatty():
-        print(words, file=sys.stderr)
