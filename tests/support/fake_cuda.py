@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ _GIVE_NOTHING = {
     "cuFuncSetAttribute",
     "cuLaunchKernel",
     "cuLaunchCooperativeKernel",
+    "cuMemcpyDtoDAsync",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuEventDestroy",
 }
 
 
@@ -128,6 +133,8 @@ class FakeDriver:
         launched: name of a kernel -> how often it was carried out.
         refused_modules: how many of the next modules do not load.
         modules, functions: those that are loaded, by handle.
+        l2_bytes: of the device's cache.
+        events: by handle, when the stream got there, on the clock of this host.
     """
 
     def __init__(
@@ -155,6 +162,8 @@ class FakeDriver:
         self.refused_modules = 0
         self.modules: dict[int, dict[str, Kernel]] = {}
         self.functions: dict[int, _Function] = {}
+        self.l2_bytes = 4 << 20
+        self.events: dict[int, float | None] = {}
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu"):
@@ -238,6 +247,7 @@ class FakeDriver:
             names.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: self.memory_clock_khz,
             names.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: self.memory_bus_bits,
             names.CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH: self.cooperative,
+            names.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: self.l2_bytes,
         }[attribute]
 
     def _cuDevicePrimaryCtxRetain(self, device: Any) -> Any:
@@ -280,6 +290,17 @@ class FakeDriver:
         self.here()
         self.view(int(to), size, False), self.view(int(source), size, True)
         self.enqueue(lambda: self._copy(to, source, size, False))
+
+    def _cuMemcpyDtoDAsync(self, to: int, source: int, size: int, stream: Any) -> None:
+        self.here()
+        assert int(stream) == 77
+        self.view(int(to), size, True), self.view(int(source), size, True)
+        assert int(to) + size <= int(source) or int(source) + size <= int(to), "the copy overlaps itself"
+
+        def work() -> None:
+            ctypes.memmove(self.view(int(to), size, True), self.view(int(source), size, True), size)
+
+        self.enqueue(work)
 
     def _cuMemcpyDtoH(self, to: int, source: int, size: int) -> None:
         self.here()
@@ -324,6 +345,38 @@ class FakeDriver:
             ctypes.memset(self.view(int(address), size, True), value, size)
 
         self.enqueue(work)
+
+    def _cuEventCreate(self, flags: int) -> Any:
+        self.here()
+        number = next(self._numbers)
+        self.events[number] = None
+        return real.CUevent(init_value=number)
+
+    def _cuEventRecord(self, event: Any, stream: Any) -> None:
+        self.here()
+        # In a capture, a record is one of the graph, and the event has no time.
+        assert int(stream) == 77 and int(event) in self.events and self.recording is None
+        self.events[int(event)] = None
+
+        def work() -> None:
+            self.events[int(event)] = time.perf_counter()
+
+        self.enqueue(work)
+
+    def _cuEventSynchronize(self, event: Any) -> None:
+        self.here()
+        assert self.recording is None
+        while self.pending and self.events[int(event)] is None:
+            self.pending.pop(0)()
+
+    def _cuEventElapsedTime(self, start: Any, end: Any) -> Any:
+        begun, ended = self.events[int(start)], self.events[int(end)]
+        if begun is None or ended is None:
+            return real.CUresult.CUDA_ERROR_NOT_READY
+        return 1e3 * (ended - begun)
+
+    def _cuEventDestroy(self, event: Any) -> None:
+        del self.events[int(event)]
 
     def _cuModuleLoadData(self, image: Any) -> Any:
         self.here()

@@ -596,7 +596,7 @@ AFFECT_FN void perform(const Instruction &i, const Team &team) {
 // had.
 AFFECT_FN void meet(uint32_t *at, uint32_t blocks) {
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (blocks > 1 && threadIdx.x == 0) {
         volatile uint32_t *rounds = at + 1;
         const uint32_t round = *rounds;
         __threadfence();
