@@ -178,7 +178,10 @@ def test_a_step_that_computes_wrong_is_never_written(
 @pytest.mark.slow
 def test_the_command_writes_a_bundle_of_the_shipped_student(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
-    assert main(["--target", "desktop-4090", "--step-engine", "fused", "--output", str(folder), "--parity-steps", "20"]) == 0
+    assert (
+        main(["--target", "desktop-4090", "--step-engine", "fused", "--output", str(folder), "--parity-steps", "20"])
+        == 0
+    )
     manifest = json.loads((folder / "manifest.json").read_text())
     encoder, step = manifest["graphs"]
     assert step["fused"] == "step.fused" and step["precision"]["linear"] == "int8 weights"

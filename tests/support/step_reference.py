@@ -4,6 +4,7 @@ the processor with numbers around all memory that nobody may touch.
 
 import ctypes
 import math
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,17 @@ from affect_runtimes.fused.launch import ALONE, TEAM, Shape, StepLaunch, fill, s
 from affect_runtimes.fused.program import BARRIER, HOLD, INT8, NO_MEAN, SOFTPLUS, TILE, Instruction, Op, Place, Program
 from affect_runtimes.interface import Tensor
 
-__all__ = ["ACTIVATIONS", "Launch", "StepReference", "Touch", "launch_step", "make_shape", "unpack", "without_barrier"]
+__all__ = [
+    "ACTIVATIONS",
+    "Guarded",
+    "Launch",
+    "StepReference",
+    "Touch",
+    "launch_step",
+    "make_shape",
+    "unpack",
+    "without_barrier",
+]
 
 Array = NDArray[Any]
 _LANES = 32
@@ -119,9 +130,7 @@ class StepReference:
         first = program.inputs[0]
         streams = inputs[first.name].shape[first.batch_axis]
         self._arena = np.full((streams, program.arena // 4), np.nan)
-        self._constants = np.frombuffer(program.constants[: len(program.constants) // 4 * 4], np.float32).astype(
-            np.float64
-        )
+        self._constants = np.frombuffer(program.constants[: len(program.constants) // 4 * 4], np.float32)
         given = [np.asarray(inputs[t.name], np.float64) for t in program.inputs]
         outputs = [np.full(t.sized(streams), np.nan) for t in program.outputs]
         tensors = (*program.inputs, *program.outputs)
@@ -169,7 +178,7 @@ class StepReference:
         assert begin + count <= memory.shape[1]
         if self.touched is not None:
             self._note(operand, False, range(begin, begin + count))
-        return memory[:, begin : begin + count].reshape(-1, *sizes)
+        return np.asarray(memory[:, begin : begin + count].reshape(-1, *sizes), np.float64)
 
     def _put(self, operand: int, values: Array) -> None:
         memory, begin = self._memory(operand)
@@ -192,7 +201,7 @@ class StepReference:
         return at
 
     def _gather(self, operand: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-        return np.asarray(self._memory(operand)[0][:, self._strided(operand, sizes, strides)])
+        return np.asarray(self._memory(operand)[0][:, self._strided(operand, sizes, strides)], np.float64)
 
     def _linear(self, i: Instruction) -> None:
         inputs, outputs, act = i.n[:3]
@@ -289,14 +298,32 @@ def make_shape(program: Program, streams: int, threads: int = 64, team: int = 0,
     return Shape(kernel, teams * max(team, 1), max(team, 1), threads, shared_bytes(program, kernel, streams, threads))
 
 
-class _Guarded:
-    """Memory between two strips that nobody may write to."""
+class Guarded:
+    """Bytes between strips that nobody may write to.
 
+    Attributes:
+        EDGE: whether what is behind them is no memory at all, so that who only reads there ends the process, too.
+        STRIP: bytes of a strip.
+    """
+
+    EDGE = False
     STRIP = 512
 
     def __init__(self, size: int, shift: int, around: int, within: int = 0xFF) -> None:
-        self._room = np.full(size + 2 * self.STRIP + 64, around, np.uint8)
-        self._begin = self.STRIP + -(self._room.ctypes.data + self.STRIP) % 64 + shift
+        if self.EDGE:
+            # On a multiple of 16, as fp16 weights and INT8 codes are read.
+            begin = -(-(size + self.STRIP) // mmap.PAGESIZE) * mmap.PAGESIZE - -(-size // 16) * 16
+            room = mmap.mmap(-1, -(-(begin + size) // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE)
+            self._room = np.frombuffer(room, np.uint8)[: -mmap.PAGESIZE]
+            end = ctypes.c_void_p(self._room.ctypes.data + len(self._room))
+            if ctypes.CDLL(None, use_errno=True).mprotect(end, mmap.PAGESIZE, 0):
+                raise OSError(ctypes.get_errno(), "mprotect")
+            # Tensors, which may begin anywhere, end where memory does.
+            self._begin = begin + (-size % 16 if shift else 0)
+        else:
+            self._room = np.empty(size + 2 * self.STRIP + 64, np.uint8)
+            self._begin = self.STRIP + -(self._room.ctypes.data + self.STRIP) % 64 + shift
+        self._room[:] = around
         self._around, self.bytes = around, self._room[self._begin : self._begin + size]
         self.bytes[:] = within
 
@@ -323,22 +350,22 @@ class Launch:
     def __init__(self, program: Program, streams: int, shape: Shape, shift: int = 0, around: int = 0xFF) -> None:
         self.program, self.streams, self.shape = program, streams, shape
 
-        def holding(data: bytes) -> _Guarded:
-            made = _Guarded(len(data), 0, around)
+        def holding(data: bytes) -> Guarded:
+            made = Guarded(len(data), 0, around)
             made.bytes[:] = np.frombuffer(data, np.uint8)
             return made
 
         self._fixed = [holding(program.table), holding(program.constants)]
         scratch = shape.teams * TILE * program.arena if shape.kernel == TEAM else 0
-        self._arena, self._barriers = _Guarded(scratch, 0, around), _Guarded(8 * shape.teams, 0, around, 0)
+        self._arena, self._barriers = Guarded(scratch, 0, around), Guarded(8 * shape.teams, 0, around, 0)
         listed = (*program.inputs, *program.outputs)
-        self._tensors = [_Guarded(4 * math.prod(t.sized(streams)), shift, around) for t in listed]
+        self._tensors = [Guarded(4 * math.prod(t.sized(streams)), shift, around) for t in listed]
         self._views = {t.name: self._view(t, g) for t, g in zip(listed, self._tensors, strict=True)}
         addresses = [m.address for m in (*self._fixed, self._arena, self._barriers)]
         self.argument: StepLaunch = fill(program, shape, streams, *addresses)
         set_addresses(self.argument, [t.address for t in self._tensors])
 
-    def _view(self, tensor: Tensor, memory: _Guarded) -> Array:
+    def _view(self, tensor: Tensor, memory: Guarded) -> Array:
         return memory.bytes.view(np.float32).reshape(tensor.sized(self.streams))
 
     def __getitem__(self, name: str) -> Array:

@@ -67,6 +67,20 @@ class Place(IntEnum):
     TENSOR = 3
 
 
+_ACTIVATIONS = range(6)
+_FUNCTIONS = {
+    Op.LINEAR: (2, _ACTIVATIONS),
+    Op.CONV_STEP: (2, _ACTIVATIONS),
+    Op.UNARY: (1, (0, 1, 2, 3, 4, 6, 8, 9, 10, 11, 12, 13, 16)),
+    Op.BINARY: (0, range(10)),
+    Op.REDUCE: (0, range(4)),
+}
+"""Operation -> which of its numbers names a function, and those that there are."""
+_FLAGS = {Op.LINEAR: INT8, Op.NORM: NO_MEAN, Op.SCAN_STEP: HOLD | SOFTPLUS}
+_SHARED = {Op.LINEAR: (2, 3, 5), Op.NORM: (2, 3), Op.CONV_STEP: (4, 5), Op.SCAN_STEP: (3, 6)}
+"""Operation -> its operands that are read once for all streams."""
+
+
 @dataclass(frozen=True)
 class Operand:
     """Where something lies; `offset` in bytes, `piece` and `number` of a tensor."""
@@ -273,12 +287,14 @@ def _read(data: bytes) -> Program:
         raise BundleError("is no step program")
     if form != _FORMAT:
         raise BundleError(f"has format {form}; this release reads format {_FORMAT}")
-    if not (0 < inputs + outputs <= _MOST_TENSORS and 0 < count <= _MOST_INSTRUCTIONS):
-        raise BundleError(f"has {inputs + outputs} tensors and {count} instructions")
-    if arena % _ALIGNMENT or arena > _MOST_BYTES or size > _MOST_BYTES:
+    if not (inputs and outputs and inputs + outputs <= _MOST_TENSORS and 0 < count <= _MOST_INSTRUCTIONS):
+        raise BundleError(f"has {inputs} inputs, {outputs} outputs and {count} instructions")
+    if arena % _ALIGNMENT or arena >= _MOST_BYTES or size >= _MOST_BYTES:
         raise BundleError(f"wants {arena} bytes of scratch and {size} of constants")
     at = _HEADER.size
     tensors = [_read_tensor(data, at + k * _TENSOR.size) for k in range(inputs + outputs)]
+    if len({t.name for t in tensors}) != len(tensors):
+        raise BundleError(f"has a name twice among {', '.join(t.name for t in tensors)}")
     at += _up((inputs + outputs) * _TENSOR.size)
     table = [_read_instruction(data, at + k * _INSTRUCTION.size) for k in range(count)]
     at += _up(count * _INSTRUCTION.size)
@@ -287,11 +303,25 @@ def _read(data: bytes) -> Program:
     program = Program(tuple(tensors[:inputs]), tuple(tensors[inputs:]), tuple(table), arena, data[at : at + size])
     for number, instruction in enumerate(table):
         try:
+            _check_words(instruction)
             for access in accesses(instruction):
                 _check(program, instruction, access)
         except BundleError as error:
             raise BundleError(f"instruction {number}: {error}") from None
     return program
+
+
+def _check_words(i: Instruction) -> None:
+    """Refuses flags and functions that no kernel knows, and what all streams share where that is no constant."""
+    if i.flags & ~(_FLAGS.get(i.op, 0) | BARRIER):
+        raise BundleError(f"{i.op.name} has the flags {i.flags}")
+    if i.op in _FUNCTIONS:
+        place, known = _FUNCTIONS[i.op]
+        if i.n[place] not in known:
+            raise BundleError(f"{i.op.name} has function {i.n[place]}")
+    for number in _SHARED.get(i.op, ()):
+        if i.operand(number).place not in (Place.NONE, Place.CONSTANT):
+            raise BundleError(f"{i.op.name}: operand {number} is no constant")
 
 
 def _check(program: Program, i: Instruction, access: Access) -> None:
@@ -356,6 +386,8 @@ def _read_tensor(data: bytes, at: int) -> Tensor:
     name, rank, axis, *sizes = _TENSOR.unpack_from(data, at)
     if not (axis < rank <= 6 and all(0 < n < _MOST_VOLUME for n in sizes[:rank])):
         raise BundleError(f"tensor has {rank} axes of {sizes}, the batch on axis {axis}")
+    if 4 * math.prod(sizes[:rank]) >= _MOST_BYTES:
+        raise BundleError(f"tensor has {4 * math.prod(sizes[:rank])} bytes a stream")
     shape: list[int | str] = list(sizes[:rank])
     shape[axis] = "batch"
     return Tensor(name.rstrip(b"\0").decode(), tuple(shape), "float32")

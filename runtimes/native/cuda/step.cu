@@ -93,7 +93,7 @@ AFFECT_FN float warp_sum(float x) {
 
 AFFECT_FN float warp_max(float x) {
     for (int m = 16; m > 0; m /= 2) {
-        x = at_least(__shfl_xor_sync(0xffffffffu, x, m), x);
+        x = larger(__shfl_xor_sync(0xffffffffu, x, m), x);
     }
     return x;
 }
@@ -409,9 +409,9 @@ AFFECT_FN float binary_of(BinaryOp op, float a, float b) {
         case BinaryOp::div:
             return a / b;
         case BinaryOp::max:
-            return a < b ? b : a;
+            return larger(a, b);
         case BinaryOp::min:
-            return a > b ? b : a;
+            return smaller(a, b);
         case BinaryOp::prelu:
             return a < 0.0f ? a * b : a;
         case BinaryOp::greater:
@@ -505,9 +505,9 @@ AFFECT_OP void reduce(const Instruction &i, const Team &team) {
         for (int j = 1; j < n; ++j) {
             const float next = from[j * inner];
             if (op == ReduceOp::max) {
-                found = at_least(next, found);
+                found = larger(next, found);
             } else if (op == ReduceOp::min) {
-                found = at_most(next, found);
+                found = smaller(next, found);
             } else {
                 found += next;
             }
@@ -525,7 +525,7 @@ AFFECT_OP void softmax(const Instruction &i, const Team &team) {
         float *to = y.out(item / rows) + item % rows * width;
         float most = from[0];
         for (int k = lane; k < width; k += 32) {
-            most = at_least(from[k], most);
+            most = larger(from[k], most);
         }
         most = warp_max(most);
         float sum = 0.0f;
