@@ -36,7 +36,7 @@ SAY_IF_NATIVE = $(BIN)/python -c 'from affect_runtimes import native; print(nati
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev oracle litert stubs demo export test test-arm64 test-full-size check lint format wheel clean \
-	native native-sanitized native-arm64 fuzz fuzz-python soak docs
+	native native-sanitized fused-sanitized native-arm64 fuzz fuzz-python soak docs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,7 +99,7 @@ export: install ## the shipped student, exported and verified for this machine: 
 demo: export ## the dashcam demo on a real clip: out/dashcam
 	$(BIN)/affect-dashcam --demo-clip --bundle out/bundles/student-cpu --output out/dashcam
 
-test: check docs native native-sanitized native-arm64 oracle litert stubs ## every check and every test
+test: check docs native native-sanitized fused-sanitized native-arm64 oracle litert stubs ## every check and every test
 	$(call need,chromium,chromium)
 	$(call need,mosquitto,mosquitto)
 	$(call need,espeak-ng,espeak-ng)
@@ -142,6 +142,13 @@ native-sanitized: ## the same with clang's address and undefined-behaviour sanit
 	$(call configure,build/native-sanitized) $(CLANG) -DAFFECT_BUILD_TESTS=ON -DAFFECT_SANITIZE=address,undefined
 	$(call build,build/native-sanitized)
 	$(call ctest,build/native-sanitized)
+
+# What a GPU's own memory checker would look for: the kernels of the fused step, on the processor, at the ends of memory.
+fused-sanitized: native-sanitized install-dev ## the CUDA kernels' operations under the same sanitizers
+	LD_PRELOAD=$$(clang++ -print-file-name=libclang_rt.asan-$$(uname -m).so) ASAN_OPTIONS=detect_leaks=0 \
+		AFFECT_CUDA_HOST=build/native-sanitized/libaffect_cuda_host.so \
+		PYTHONPATH=tests/support $(BIN)/python tests/runtimes/test_fused_step.py \
+		>build/native-sanitized/fused.log 2>&1 || { tail -n 40 build/native-sanitized/fused.log; exit 1; }
 
 native-arm64: native ## the same for a Jetson, emulated with qemu, and its results compared with this machine's
 	$(call need,aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)

@@ -486,5 +486,5 @@ def test_what_a_kernel_finds_wrong_is_said(driver: FakeDriver, folder: Path) -> 
     device = opened(driver)
     function = load_kernels(device, "toy.cu").function("affect_scale")
     device.run(function, (1, 1, 1), 32, 0, Toy())
-    with pytest.raises(AssertionError, match=r"affect_scale: .*affect_merge"):
+    with pytest.raises(DeviceError, match=r"no kernel is called affect_scale; there are: .*affect_merge"):
         device.wait()

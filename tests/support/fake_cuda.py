@@ -7,27 +7,21 @@ which the driver reads what they take; what is run in their stead is the same so
 """
 
 import ctypes
-import functools
 import itertools
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cubins import Kernel, cubins
 from cuda.bindings import driver as real
 
-import affect_runtimes
+from affect_runtimes.fused.host import launch_here
 
-__all__ = ["HOST_LIBRARY", "FakeDriver", "Launch", "has_driver", "host_library", "real", "run_on_host"]
+__all__ = ["FakeDriver", "Launch", "has_driver", "real", "run_on_host"]
 
-HOST_LIBRARY = "AFFECT_CUDA_HOST"
-"""Environment variable that names another library of kernels for this processor than the installed one."""
-_HOST_NAME = "libaffect_cuda_host.so"
 _GUARD = b"\xa5" * 64
 _DEFAULT_SHARED = 48 << 10
 _GIVE_NOTHING = {
@@ -82,39 +76,11 @@ class _Function:
     most_shared: int = _DEFAULT_SHARED
 
 
-@functools.cache
-def host_library() -> Any:
-    """The kernels as compiled for this processor, loaded once.
-
-    Raises:
-        FileNotFoundError: they were not built.
-    """
-    named = os.environ.get(HOST_LIBRARY)
-    files = [Path(named)] if named else [Path(folder) / _HOST_NAME for folder in affect_runtimes.__path__]
-    for file in files:
-        if file.is_file():
-            launch = ctypes.CDLL(str(file)).affect_cuda_host_launch
-            number = ctypes.c_uint
-            launch.argtypes = (
-                *(ctypes.c_char_p, number, number, number, number, number, ctypes.c_int, number),
-                *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t),
-            )
-            launch.restype = ctypes.c_int
-            return launch
-    raise FileNotFoundError(
-        f"launches are carried out by {_HOST_NAME}, which is not in {', '.join(map(str, files))}: build the native "
-        f"library with its tests, or name the file in ${HOST_LIBRARY}"
-    )
-
-
 def run_on_host(launch: Launch, order: int = 0) -> None:
     """Carries out a launch, in another order of threads for each number."""
-    room = ctypes.create_string_buffer(launch.argument, len(launch.argument) + 16)
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(room))
-    error = ctypes.create_string_buffer(500)
-    sizes = (*launch.grid, launch.block, launch.shared, launch.cooperative, order)
-    status = host_library()(launch.kernel.encode(), *sizes, arguments, error, len(error))
-    assert status == 0, f"{launch.kernel}: {error.value.decode(errors='replace')}"
+    argument = (ctypes.c_uint8 * len(launch.argument)).from_buffer_copy(launch.argument)
+    cooperative = bool(launch.cooperative)
+    launch_here(launch.kernel, launch.grid, launch.block, launch.shared, argument, cooperative, order)
 
 
 class FakeDriver:

@@ -6,6 +6,7 @@ too slow for anything else.
 
 import ctypes
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from affect_runtimes.fused.program import TILE, read
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
 
-__all__ = ["HostStepEngine", "host_library", "launch_here", "unavailable_reason"]
+__all__ = ["ENVIRONMENT", "HostStepEngine", "host_library", "launch_here", "unavailable_reason"]
 
 Array = NDArray[Any]
+ENVIRONMENT = "AFFECT_CUDA_HOST"
+"""Environment variable that names another library of the kernels than the installed one."""
 _NAME = "libaffect_cuda_host.so"
 _THREADS = 64
 _MOST_SHARED = 227 << 10
@@ -38,7 +41,10 @@ def host_library() -> ctypes.CDLL:
     """
     import affect_runtimes
 
+    named = os.environ.get(ENVIRONMENT)
     found = [path for folder in affect_runtimes.__path__ if (path := Path(folder) / _NAME).is_file()]
+    if named is not None:
+        found = [Path(named)]
     if not found:
         raise MissingDependencyError(
             f"{_NAME}, which runs the GPU's kernels on a processor, is not installed: install a C++20 compiler "
@@ -74,7 +80,7 @@ def launch_here(
     grid: tuple[int, int, int],
     block: int,
     shared: int,
-    argument: ctypes.Structure,
+    argument: ctypes.Structure | ctypes.Array[Any],
     cooperative: bool = False,
     order: int = 0,
 ) -> None:
