@@ -1,6 +1,6 @@
 // exp and its kin for sixteen numbers. Included by kernels.cpp alone, behind simd.h.
 //
-// Errors, measured over every float32 by the tests, in units of the last place: see tests/test_math.cpp. Below the
+// Errors, measured over float32 by the tests, in units of the last place: see tests/test_math.cpp. Below the
 // smallest normal number (1.2e-38) results are 0 or that number. The polynomials are of tools/polynomials.py.
 
 static constexpr float kMagic =
