@@ -90,7 +90,7 @@ struct Fiber {
 struct Launch {
     const Kernel *kernel;
     const void *parameters;
-    bool shuffled, ahead;
+    bool shuffled, ahead, drawn;
     uint64_t random;
     size_t live;
     unsigned fruitless;
@@ -201,7 +201,12 @@ Fiber *pick() noexcept {
         make_ready(launch.paused.data(), launch.paused_count);
         launch.paused_count = 0;
     }
-    Fiber *const next = launch.ready[launch.head++ & (launch.ready.size() - 1)];
+    const size_t mask = launch.ready.size() - 1;
+    if (launch.drawn) {
+        // Any of them: one thread can then fall behind all others.
+        std::swap(launch.ready[launch.head & mask], launch.ready[(launch.head + draw() % launch.count) & mask]);
+    }
+    Fiber *const next = launch.ready[launch.head++ & mask];
     --launch.count;
     return next;
 }
@@ -551,6 +556,8 @@ int affect_cuda_host_launch(const char *kernel, unsigned grid_x, unsigned grid_y
     launch.shuffled = order != 0;
     launch.random = order;
     launch.ahead = order % 2 == 0;
+    // Either way shows faults that the other hides.
+    launch.drawn = order % 4 == 3;
     gridDim = {grid_x, grid_y, grid_z};
     blockDim = {block_x, 1, 1};
     check_launch(kernel, shared_bytes, arguments);
