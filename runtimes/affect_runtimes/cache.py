@@ -19,15 +19,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from affect_runtimes.errors import DeviceError
+from affect_runtimes.errors import AffectError, DeviceError
 from affect_runtimes.files import replace_file, sync_folder
 
 __all__ = ["ENVIRONMENT", "EngineCache", "announce"]
 
 ENVIRONMENT = "AFFECT_EDGE_CACHE"
 """Environment variable that names another folder than the default."""
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _DATA, _ENTRY, _VERDICT = "engine", "entry.json", "verdict.json"
 _POLL_S, _SAY_AFTER_S = 0.1, 1.0
@@ -88,6 +89,37 @@ class EngineCache:
             data = make()
             self._publish(entry, data, key)
         return data, entry
+
+    def load(
+        self,
+        key: Mapping[str, str],
+        make: Callable[[], bytes],
+        room: int,
+        use: Callable[[bytes, Path], T],
+        refused: type[AffectError],
+        what: str,
+    ) -> T:
+        """What `use` makes of an entry. One that it refuses is made once more: something changed under its version.
+
+        Args:
+            key: see `fetch`.
+            make: see `fetch`.
+            room: see `fetch`.
+            use: takes what was kept or made, and the entry.
+            refused: how `use` says that it cannot be used.
+            what: for people, such as "the kept engine".
+
+        Raises:
+            DeviceError: see `fetch`.
+            AffectError: what was made anew is refused, too.
+        """
+        data, entry = self.fetch(key, make, room)
+        try:
+            return use(data, entry)
+        except refused:
+            self._say(f"{what} does not load; making it again")
+            self.drop(entry)
+        return use(*self.fetch(key, make, room))
 
     def drop(self, entry: Path) -> None:
         """Forgets an entry that turned out to be of no use."""

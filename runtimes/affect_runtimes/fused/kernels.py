@@ -114,17 +114,10 @@ def _compiled(device: Device, source: _Source, cache: EngineCache) -> Kernels:
         announce(f"{compiler} compiles {source.name} for {device.name}; this takes up to a minute, once")
         return _compile(nvrtc, source, options)
 
-    for again in (False, True):
-        data, entry = cache.fetch(key, make, _ROOM)
-        try:
-            return _loaded(device, source, data, compiler, f"kept in {entry}")
-        except DeviceError:
-            if again:
-                raise
-            # What is kept is what was compiled, and still it does not load: the driver was changed under its version.
-            announce(f"{source.name}: the kept machine code does not load; compiling it again")
-            cache.drop(entry)
-    raise AssertionError("not reached")
+    def use(data: bytes, entry: Path) -> Kernels:
+        return _loaded(device, source, data, compiler, f"kept in {entry}")
+
+    return cache.load(key, make, _ROOM, use, DeviceError, f"{source.name}: the kept machine code")
 
 
 def _loaded(device: Device, source: _Source, data: bytes, compiler: str, where: str) -> Kernels:

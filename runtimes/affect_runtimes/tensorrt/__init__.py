@@ -9,6 +9,7 @@ measures its kernels on the device, is not there.
 import hashlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 from affect_runtimes.base import machine
 from affect_runtimes.bundle import Bundle
@@ -69,21 +70,14 @@ def _built(
         with device.building():
             return build_engine(library, graph, data, most, say=announce)
 
-    for again in (False, True):
-        plan, entry = cache.fetch(key, make, max(_ROOM * len(data), _LEAST_ROOM))
+    def use(plan: bytes, entry: Path) -> TensorRTEngine:
         words = f"{library} on {device.name}, its engine kept in {entry}"
-        try:
-            engine = TensorRTEngine(graph, plan, device, library, most, _of(identity, graph, plan), words)
-        except BundleError:
-            if again:
-                raise
-            # What is kept is what was built, and still it does not load: the library was changed under its version.
-            announce(f"{graph.role}: the kept engine does not load; building it again")
-            cache.drop(entry)
-            continue
-        _log.info("%s: %s", graph.role, words)
-        return engine
-    raise AssertionError("not reached")
+        return TensorRTEngine(graph, plan, device, library, most, _of(identity, graph, plan), words)
+
+    room = max(_ROOM * len(data), _LEAST_ROOM)
+    engine = cache.load(key, make, room, use, BundleError, f"{graph.role}: the kept engine")
+    _log.info("%s: %s", graph.role, engine.words)
+    return engine
 
 
 def _of(identity: Mapping[str, str], graph: Graph, plan: bytes) -> dict[str, str]:
