@@ -43,8 +43,13 @@ _MOST_BYTES = (1 << 31) - (1 << 20)  # where protobuf ends
 _RTX = "pip install 'affect-edge[rtx]'"
 
 
-def _write(graph: WrittenGraph, model: Any, folder: Path, formats: Mapping[str, str]) -> WrittenGraph:
-    data = model.SerializeToString(deterministic=True)
+def _write(
+    graph: WrittenGraph, model: Any, folder: Path, formats: Mapping[str, str], fused: bool = False
+) -> WrittenGraph:
+    """Writes in fp16 a graph in fp32, perhaps with pairs; and of a step, where it is asked for, the step program."""
+    from affect_quantize.half import half_graph
+
+    data = half_graph(model).SerializeToString(deterministic=True)
     if len(data) > _MOST_BYTES:
         raise InputError(
             f"{graph.source.role}: {len(data) >> 20} MiB; a graph for TensorRT holds its own weights, at most "
@@ -52,20 +57,14 @@ def _write(graph: WrittenGraph, model: Any, folder: Path, formats: Mapping[str, 
         )
     (folder / graph.file).write_bytes(data)
     precision = {layer: SCAN if layer == "scan" else HALF for layer in graph.precision}
-    return replace(graph, precision={**precision, **formats}, data=None)
+    halved = replace(graph, precision={**precision, **formats}, data=None)
+    return _fuse(halved, model, folder) if fused and graph.source.role == "step" else halved
 
 
 def _halve(written: list[WrittenGraph], source: Path, folder: Path, fused: bool = False) -> list[WrittenGraph]:
     import onnx
 
-    from affect_quantize.half import half_graph
-
-    made = []
-    for graph in written:
-        model = onnx.load(source / graph.file)
-        halved = _write(graph, half_graph(model), folder, {})
-        made.append(_fuse(halved, model, folder) if fused and graph.source.role == "step" else halved)
-    return made
+    return [_write(graph, onnx.load(source / graph.file), folder, {}, fused) for graph in written]
 
 
 def _quantize(
@@ -73,7 +72,6 @@ def _quantize(
 ) -> list[WrittenGraph]:
     import onnx
 
-    from affect_quantize.half import half_graph
     from affect_quantize.qdq import find_layers, quantize_graph
 
     made = []
@@ -84,8 +82,7 @@ def _quantize(
         quantized = quantize_graph(
             model, plan.ranges.get(role, {}), keep, plan.means.get(role), symmetric=True, half_scales=True
         )
-        halved = _write(graph, half_graph(quantized), folder, dict.fromkeys(kinds, INT8))
-        made.append(_fuse(halved, quantized, folder) if fused and role == "step" else halved)
+        made.append(_write(graph, quantized, folder, dict.fromkeys(kinds, INT8), fused))
     return made
 
 
