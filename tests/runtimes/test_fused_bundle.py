@@ -14,6 +14,7 @@ import pytest
 from fake_cuda import FakeDriver, real
 from fake_tensorrt import fake_tensorrt
 from numpy.typing import NDArray
+from rolls import frames, roll, same
 
 from affect_edge import Recognizer
 from affect_edge.cli import verify_main
@@ -38,6 +39,7 @@ from affect_runtimes.verify import replay
 
 Array = NDArray[Any]
 JETSON = TARGETS["jetson-orin"].with_step_engine("fused")
+DTS = (0.5, 1.5, 2.5)
 
 
 @pytest.fixture(scope="module")
@@ -109,33 +111,13 @@ def checks(fake: FakeDriver, program: Program) -> Callable[[str, bytes], None]:
     return check
 
 
-def frames(count: int, batch: int = 1, seed: int = 0) -> list[Array]:
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(batch, 3, 112, 112)).astype(np.float32) for _ in range(count)]
-
-
-def roll(model: BundleModel, shown: list[Array], state: State | None = None) -> tuple[list[dict[str, Array]], State]:
-    state, said = state or model.initial_state(len(shown[0])), []
-    for number, frame in enumerate(shown):
-        outputs, state = model.step({"frame": frame}, state, 0.5 + number % 3)
-        said.append(outputs)
-    return said, state
-
-
-def same(one: list[dict[str, Array]], other: list[dict[str, Array]]) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert set(a) == set(b)
-        for name in a:
-            np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
-
-
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_steps_are_those_of_the_kernels_alone(
     driver: FakeDriver, bundle: Path, reference: BundleModel, batch: int
 ) -> None:
     model, shown = BundleModel(bundle), frames(8, batch)
-    said, state = roll(model, shown)
-    expected, after = roll(reference, shown)
+    said, state = roll(model, shown, intervals=DTS)
+    expected, after = roll(reference, shown, intervals=DTS)
     # Blocks of another size add up in another order.
     for a, b in zip(said, expected, strict=True):
         for name in a:
@@ -184,7 +166,7 @@ def test_a_state_that_is_kept_stays_what_it_was(driver: FakeDriver, bundle: Path
 
 
 def test_more_streams_than_tensorrt_was_built_for(driver: FakeDriver, bundle: Path, reference: BundleModel) -> None:
-    said, expected = (roll(model, frames(3, 11))[0] for model in (BundleModel(bundle), reference))
+    said, expected = (roll(model, frames(3, 11), intervals=DTS)[0] for model in (BundleModel(bundle), reference))
     for a, b in zip(said, expected, strict=True):
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=2e-6)

@@ -15,6 +15,7 @@ import pytest
 from fake_cuda import FakeDriver, has_driver, real
 from fake_tensorrt import STUBS, fake_tensorrt, signatures
 from numpy.typing import NDArray
+from rolls import frames, roll, same
 
 from affect_edge import Recognizer, bench
 from affect_edge.cli import verify_main
@@ -73,26 +74,6 @@ def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Any:
 def reference(bundle: Path) -> BundleModel:
     """What the fake computes with, without any of the runtime under test."""
     return open_here(bundle, JETSON)
-
-
-def frames(count: int, batch: int = 1, seed: int = 0) -> list[Array]:
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(batch, 3, 112, 112)).astype(np.float32) for _ in range(count)]
-
-
-def roll(model: BundleModel, shown: list[Array], state: State | None = None) -> tuple[list[dict[str, Array]], State]:
-    state, said = state or model.initial_state(len(shown[0])), []
-    for frame in shown:
-        outputs, state = model.step({"frame": frame}, state)
-        said.append(outputs)
-    return said, state
-
-
-def same(one: list[dict[str, Array]], other: list[dict[str, Array]]) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert set(a) == set(b)
-        for name in a:
-            np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
