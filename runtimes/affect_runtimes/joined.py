@@ -1,9 +1,8 @@
 """Encoder and step of a model as one graph on a GPU: features stay there, and one CUDA graph has it all."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 from weakref import WeakValueDictionary
 
 from affect_runtimes.base import Engine
@@ -69,8 +68,8 @@ class _Contexts:
         axes: Mapping[str, int],
         device: Device,
     ) -> None:
-        self._encoder, self._step, self._features, self._axes, self._device = encoder, step, features, axes, device
-        self._first, self._second = first, second
+        self.encoder, self.step, self.first, self.second, self.axes = encoder, step, first, second, axes
+        self._features, self._device = features, device
         # All work is on one stream, so pairs for as many streams share what lies between their halves.
         self._rooms: WeakValueDictionary[int, _Room] = WeakValueDictionary()
 
@@ -85,10 +84,10 @@ class _Contexts:
         return found
 
     def __call__(self) -> "_Pair":
-        return _Pair(self._encoder(), self._step(), self._first, self._second, self._axes, self.room)
+        return _Pair(self)
 
     def error(self, what: str) -> DeviceError:
-        return DeviceError(f"{self._encoder.error(what)}; {self._step.error(what)}")
+        return DeviceError(f"{self.encoder.error(what)}; {self.step.error(what)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,29 +100,21 @@ class _Room:
 class _Pair:
     """Two contexts, one after the other, with the features between them; a `Context` of `affect_runtimes.gpu`."""
 
-    def __init__(
-        self,
-        encoder: Any,
-        step: Any,
-        first: set[str],
-        second: set[str],
-        axes: Mapping[str, int],
-        room: Callable[[int], _Room],
-    ) -> None:
-        self._encoder, self._step, self._axes, self._find_room = encoder, step, axes, room
-        self._first, self._second = first, second
+    def __init__(self, common: _Contexts) -> None:
+        self._common = common
+        self._encoder, self._step = common.encoder(), common.step()
         self._room: _Room | None = None
         self._streams = 0
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        streams = shape[self._axes[name]]
+        streams = shape[self._common.axes[name]]
         if streams != self._streams and not self._connect(streams):
             return False
-        part = self._encoder if name in self._first else self._step
+        part = self._encoder if name in self._common.first else self._step
         return bool(part.set_input_shape(name, shape))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        part = self._encoder if name in self._first else self._step
+        part = self._encoder if name in self._common.first else self._step
         return bool(part.set_tensor_address(name, address))
 
     def execute_async_v3(self, stream: int) -> bool:
@@ -135,10 +126,10 @@ class _Pair:
 
     def _connect(self, streams: int) -> bool:
         """Tells both sides where the features of so many streams lie."""
-        self._streams, self._room = streams, self._find_room(streams)
+        self._streams, self._room = streams, self._common.room(streams)
         for name, (shape, buffer) in self._room.features.items():
             # A step may have no use for a feature.
-            taken = name not in self._second or (
+            taken = name not in self._common.second or (
                 self._step.set_input_shape(name, shape) and self._step.set_tensor_address(name, buffer.address)
             )
             if not (taken and self._encoder.set_tensor_address(name, buffer.address)):

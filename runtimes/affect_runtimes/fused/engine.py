@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from affect_runtimes.cuda import Buffer, Device
+from affect_runtimes.cuda import Device
 from affect_runtimes.errors import DeviceError
 from affect_runtimes.fused.kernels import Kernels, load_kernels
 from affect_runtimes.fused.launch import TEAM, Gpu, Shape, StepLaunch, choose_shape, fill, set_addresses
@@ -70,31 +70,22 @@ class _Contexts:
     """Makes launches; they share program and constants on the device."""
 
     def __init__(self, program: Program, device: Device, kernels: Kernels, choose: Callable[[int], Shape]) -> None:
-        self._program, self._device, self._kernels, self._choose = program, device, kernels, choose
-        self._table = device.upload_bytes(program.table)
-        self._constants = device.upload_bytes(program.constants)
+        self.program, self.device, self.kernels, self.choose = program, device, kernels, choose
+        self.table = device.upload_bytes(program.table)
+        self.constants = device.upload_bytes(program.constants)
 
     def __call__(self) -> "_Launch":
-        return _Launch(self._program, self._device, self._kernels, self._choose, self._table, self._constants)
+        return _Launch(self)
 
     def error(self, what: str) -> DeviceError:
-        return DeviceError(f"the fused step on {self._device.name} {what}")
+        return DeviceError(f"the fused step on {self.device.name} {what}")
 
 
 class _Launch:
     """One launch: a `Context` of `affect_runtimes.gpu`."""
 
-    def __init__(
-        self,
-        program: Program,
-        device: Device,
-        kernels: Kernels,
-        choose: Callable[[int], Shape],
-        table: Buffer,
-        constants: Buffer,
-    ) -> None:
-        self._program, self._device, self._kernels, self._choose = program, device, kernels, choose
-        self._table, self._constants = table, constants
+    def __init__(self, common: _Contexts) -> None:
+        self._common, program = common, common.program
         self._numbers = {t.name: k for k, t in enumerate((*program.inputs, *program.outputs))}
         self._axis = {t.name: t.batch_axis for t in program.inputs}
         self._addresses = [0] * len(self._numbers)
@@ -111,19 +102,21 @@ class _Launch:
         return address % 4 == 0
 
     def execute_async_v3(self, stream: int) -> bool:
-        if self._argument is None or stream != self._device.stream or 0 in self._addresses:
+        device = self._common.device
+        if self._argument is None or stream != device.stream or 0 in self._addresses:
             return False
         set_addresses(self._argument, self._addresses)
         shape = self._shape
-        self._device.run(
+        device.run(
             self._function, (shape.blocks, 1, 1), shape.threads, shape.shared, self._argument, shape.kernel == TEAM
         )
         return True
 
     def _prepare(self, streams: int) -> None:
-        program, device = self._program, self._device
-        self._shape = shape = self._choose(streams)
-        self._function = self._kernels.function(shape.kernel)
+        common = self._common
+        program, device = common.program, common.device
+        self._shape = shape = common.choose(streams)
+        self._function = common.kernels.function(shape.kernel)
         device.set_shared(self._function, shape.shared)
         # A launch of its own scratch: those of other contexts may be in graphs that are launched later.
         scratch = shape.teams * TILE * program.arena if shape.kernel == TEAM else 0
@@ -133,8 +126,8 @@ class _Launch:
             program,
             shape,
             streams,
-            self._table.address,
-            self._constants.address,
+            common.table.address,
+            common.constants.address,
             self._arena.address,
             self._barriers.address,
         )

@@ -20,6 +20,7 @@ from affect_runtimes.fused.launch import ALONE, TEAM, Shape, fill, set_addresses
 from affect_runtimes.fused.program import TILE, read
 from affect_runtimes.interface import Tensor
 from affect_runtimes.manifest import Graph
+from affect_runtimes.native.engine import aligned
 
 __all__ = ["ENVIRONMENT", "HostStepEngine", "host_library", "launch_here", "unavailable_reason"]
 
@@ -29,7 +30,6 @@ ENVIRONMENT = "AFFECT_CUDA_HOST"
 _NAME = "libaffect_cuda_host.so"
 _THREADS = 64
 _MOST_SHARED = 227 << 10
-_ALIGNMENT = 64
 
 
 @functools.cache
@@ -42,18 +42,17 @@ def host_library() -> ctypes.CDLL:
     import affect_runtimes
 
     named = os.environ.get(ENVIRONMENT)
-    found = [path for folder in affect_runtimes.__path__ if (path := Path(folder) / _NAME).is_file()]
-    if named is not None:
-        found = [Path(named)]
-    if not found:
+    installed = (path for folder in affect_runtimes.__path__ if (path := Path(folder) / _NAME).is_file())
+    found = next(installed, None) if named is None else Path(named)
+    if found is None:
         raise MissingDependencyError(
             f"{_NAME}, which runs the GPU's kernels on a processor, is not installed: install a C++20 compiler "
             "(Debian: apt install g++) and affect-edge again"
         )
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(found))
     except OSError as error:
-        raise MissingDependencyError(f"{found[0]} does not load ({error}); install affect-edge again") from None
+        raise MissingDependencyError(f"{found} does not load ({error}); install affect-edge again") from None
     library.affect_cuda_host_launch.argtypes = (
         ctypes.c_char_p,
         *[ctypes.c_uint] * 5,
@@ -135,7 +134,7 @@ class HostStepEngine(GraphEngine):
         streams = inputs[first.name].shape[first.batch_axis]
         shape = self._shape or self._fitting(streams)
         # Scratch begins as NaN: what is read before it is written shows.
-        arena = aligned(b"\xff" * (shape.teams * TILE * program.arena if shape.kernel == TEAM else 4))
+        arena = np.full(shape.teams * TILE * program.arena // 4 if shape.kernel == TEAM else 1, np.nan, np.float32)
         barriers = np.zeros(2 * shape.teams, np.uint32)
         argument = fill(
             program,
@@ -158,11 +157,3 @@ class HostStepEngine(GraphEngine):
         if alone <= _MOST_SHARED:
             return Shape(ALONE, -(-streams // TILE), 1, _THREADS, alone)
         return Shape(TEAM, 2, 2, _THREADS, shared_bytes(self.program, TEAM, streams, _THREADS))
-
-
-def aligned(data: bytes) -> NDArray[np.uint8]:
-    """A copy that begins where a GPU's memory would: on a multiple of 64 bytes."""
-    room = np.empty(len(data) + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
-    room[start : start + len(data)] = np.frombuffer(data, np.uint8)
-    return room[start : start + len(data)]

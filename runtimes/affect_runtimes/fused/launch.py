@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from affect_runtimes.errors import DeviceError
-from affect_runtimes.fused.program import TILE, Program, stream_bytes
+from affect_runtimes.fused.program import MOST_TENSORS, TILE, Program, stream_bytes
 
 __all__ = ["ALONE", "TEAM", "Gpu", "Shape", "StepLaunch", "choose_shape", "fill", "set_addresses", "shared_bytes"]
 
 ALONE, TEAM = "affect_step", "affect_step_team"
 """The kernels: one block for each tile of streams, and several."""
-_MOST_TENSORS = 64
-_WARP, _MOST_THREADS = 32, 512
+_MOST_THREADS = 512
 _MEET_US = 1.2  # for the blocks of a team to meet: a few trips to L2, with nobody else there
 _BYTES_PER_CLOCK = 64  # that one multiprocessor reads from L2
 
@@ -33,7 +32,7 @@ class StepLaunch(ctypes.Structure):
         ("streams", ctypes.c_int32),
         ("arena_stride", ctypes.c_int32),
         ("team", ctypes.c_int32),
-        ("tensors", _Tensor * _MOST_TENSORS),
+        ("tensors", _Tensor * MOST_TENSORS),
     ]
 
 
@@ -44,7 +43,7 @@ class Gpu:
     Attributes:
         multiprocessors: how many.
         clock_khz: of them.
-        bytes_per_s: of memory, or of L2 where all weights fit there; 0 where the driver does not say.
+        bytes_per_s: of memory; 0 where the driver does not say.
         shared_bytes: that a block can have at most.
         cooperative: whether blocks can wait for each other.
     """

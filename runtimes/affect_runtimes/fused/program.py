@@ -18,6 +18,7 @@ __all__ = [
     "BARRIER",
     "HOLD",
     "INT8",
+    "MOST_TENSORS",
     "NO_MEAN",
     "SOFTPLUS",
     "TILE",
@@ -35,6 +36,8 @@ __all__ = [
 
 TILE = 8
 """Streams that one block, or one team of blocks, takes at a time."""
+MOST_TENSORS = 64
+"""Inputs and outputs together."""
 BARRIER, INT8, NO_MEAN, HOLD, SOFTPLUS = 1 << 8, 1, 1, 1, 2
 _MAGIC, _FORMAT, _ALIGNMENT = b"AFFCUDA1", 1, 64
 _HEADER = struct.Struct("<8s4IQQ24x")
@@ -42,7 +45,7 @@ _TENSOR = struct.Struct("<64sII6Q8x")
 _OPERAND = struct.Struct("<BBHI")
 _OPERANDS, _NUMBERS, _REALS = 11, 20, 2
 _INSTRUCTION = struct.Struct(f"<ii{8 * _OPERANDS}s{_NUMBERS}i{_REALS}f")
-_MOST_TENSORS, _MOST_INSTRUCTIONS, _MOST_VOLUME, _MOST_BYTES = 64, 512, 1 << 24, 1 << 31
+_MOST_INSTRUCTIONS, _MOST_VOLUME, _MOST_BYTES = 512, 1 << 24, 1 << 31
 
 
 class Op(IntEnum):
@@ -287,7 +290,7 @@ def _read(data: bytes) -> Program:
         raise BundleError("is no step program")
     if form != _FORMAT:
         raise BundleError(f"has format {form}; this release reads format {_FORMAT}")
-    if not (inputs and outputs and inputs + outputs <= _MOST_TENSORS and 0 < count <= _MOST_INSTRUCTIONS):
+    if not (inputs and outputs and inputs + outputs <= MOST_TENSORS and 0 < count <= _MOST_INSTRUCTIONS):
         raise BundleError(f"has {inputs} inputs, {outputs} outputs and {count} instructions")
     if arena % _ALIGNMENT or arena >= _MOST_BYTES or size >= _MOST_BYTES:
         raise BundleError(f"wants {arena} bytes of scratch and {size} of constants")
